@@ -1,0 +1,232 @@
+"""Flags, the machine and files: what every command needs before any mathematics begins.
+
+A script's settings are one frozen dataclass. `flag(default, help)` declares a field, `run(main, Config)` reads
+`--name=value` flags into it, and a user's mistake ends in one line and exit code 2. Tests, notebooks and exercises
+skip the command line and write `Config(steps=3)`.
+
+Run:      python distill.py --help
+Left out: YAML files and a registry of settings (each script shows its own defaults); sub-commands (a script is one).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(ValueError):
+    """A mistake in flags, files or names. The message says what was given and what to do."""
+
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+
+def flag(default, help: str):
+    """A field of a Config: its default, and one phrase that --help prints."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse(Config: type, argv: list[str], presets: Callable[[dict], dict] | None = None):
+    """Flags to a Config. `presets` maps the flags given to the settings that they imply; flags given win.
+
+    Exits with code 2 and one line on an unknown flag, a value of the wrong type or one out of range."""
+    parser = Parser(allow_abbrev=False, description=(sys.modules[Config.__module__].__doc__ or "").split("\n")[0])
+    hints = typing.get_type_hints(Config)
+    names = {field.name: f"--{field.name}" for field in dataclasses.fields(Config)}
+    for field in dataclasses.fields(Config):
+        kind, choices = hints[field.name], None
+        if isinstance(kind, types.UnionType):  # `float | None`: None stands for "not given"
+            kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+        if typing.get_origin(kind) is typing.Literal:
+            choices, kind = typing.get_args(kind), str
+        help = f"{field.metadata['help']} [{' | '.join(choices) + '; ' if choices else ''}default {field.default}]"
+        more = {"nargs": "?", "const": True} if kind is bool else {"choices": choices}
+        parser.add_argument(names[field.name], type=READERS[kind], default=argparse.SUPPRESS,
+                            help=help.replace("%", "%%"), metavar=kind.__name__.upper(), **more)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        if not name.startswith("--"):
+            parser.error(f"unexpected argument {unknown[0]!r}: every setting is a flag, --name=value")
+        near = difflib.get_close_matches(name, names.values(), n=1)
+        parser.error(f"unknown flag {name}" + (f" (did you mean {near[0]}?)" if near else "; --help lists them"))
+    try:
+        return make(Config, vars(given), presets)
+    except UserError as error:
+        parser.error(str(error))
+
+
+def make(Config: type, given: dict, presets: Callable[[dict], dict] | None = None):
+    """A Config of the settings given, over what they imply (`presets`), over the defaults."""
+    return Config(**(presets(given) if presets else {}) | given)
+
+
+def read_bool(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+    return word.lower() == "true"
+
+
+def read_number(kind: type, name: str) -> Callable[[str], float]:
+    def read(word: str):
+        try:
+            value = kind(word)
+        except ValueError:
+            value = float("nan")
+        if value != value:
+            raise argparse.ArgumentTypeError(f"{word!r} is not {name}")
+        return value
+
+    return read
+
+
+READERS = {bool: read_bool, int: read_number(int, "an integer"), float: read_number(float, "a number"), str: str}
+
+
+def check(cfg, **ranges: tuple[float, float]) -> None:
+    """Raises UserError for a field outside of its closed range. A field that is None is not looked at."""
+    for name, (low, high) in ranges.items():
+        value = getattr(cfg, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name}={value} is out of range: it must lie between {low} and {high}")
+
+
+def run(main: Callable, Config: type, presets: Callable[[dict], dict] | None = None) -> None:
+    """What stands under `if __name__ == "__main__"`: flags in, main, mistakes out in one line with exit code 2."""
+    cfg = parse(Config, sys.argv[1:], presets)
+    try:
+        main(cfg)
+    except (UserError, OSError) as error:
+        if os.environ.get("MINILLM_DEBUG"):
+            raise
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---- the machine ----------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Machine:
+    """Where tensors live, what autocast computes in, and which of the `world` processes this one is."""
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world: int = 1
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def sum(self, *tensors: torch.Tensor) -> None:
+        """Adds each tensor over all processes, in place."""
+        for tensor in tensors if self.world > 1 else ():
+            dist.all_reduce(tensor)
+
+    def max(self, tensor: torch.Tensor) -> None:
+        """The largest over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+
+    def gather(self, items: list) -> list:
+        """The lists of all processes, one behind the other."""
+        if self.world == 1:
+            return items
+        parts = [None] * self.world
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def say(self, *words) -> None:
+        """Prints, on the first process only."""
+        if self.rank == 0:
+            print(*words, flush=True)
+
+
+def machine(device: str = "auto", dtype: str = "auto") -> Machine:
+    """Picks device and dtype, and joins torchrun's process group where there is one.
+
+    dtype auto: bfloat16 where the device multiplies it natively, else float16 on CUDA and float32 on the CPU."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device={device} is no device; use cpu, cuda or cuda:1") from None
+    if place.type not in ("cpu", "cuda"):
+        raise UserError(f"--device={device} is not supported; use cpu or cuda")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device={device}, but this PyTorch sees no CUDA device; use --device=cpu")
+    if device == "cuda" and world > 1:
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if dtype == "auto":
+        native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # private in 2.13, hence the default
+        if place.type == "cuda":
+            dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        else:
+            dtype = "bfloat16" if native() else "float32"
+    return Machine(place, getattr(torch, dtype), rank, world)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path` if the block ends well: a reader finds the old file or the new, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is not JSON: remove it") from None
+
+
+def write_json(path: Path, value) -> None:
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """A .jsonl file."""
+    with written_aside(path) as aside:
+        aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def clock(seconds: float) -> str:
+    """"41 s", "7 min", "3 h 20"."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d}"
