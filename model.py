@@ -1,0 +1,349 @@
+"""GPT-2 by hand: the forward pass, its key-value cache, and the released weights read and written.
+
+Paper:    arXiv 2306.08543v4, Section 3.1: teacher and students are GPT-2s of 120M to 1.5B parameters. Their shape is
+          that of Radford et al. 2019: pre-norm, tanh GELU, learned positions, output tied to the input embedding.
+Run:      python sample.py --model=gpt2 --prompt="Name three colours."         (this file has no command of its own)
+Shapes:   B rows, T tokens fed now, S tokens seen so far, D width, H heads, V vocabulary, N positions of several rows.
+Left out: other families (OPT and LLaMA add names, not ideas); tensor parallelism; quantised weights.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from config import UserError, written_aside
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT-2. Field names are those of config.json on the hub."""
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    layer_norm_epsilon: float = 1e-5
+    eos_token_id: int = 50256
+    resid_pdrop: float = 0.1  # dropout of embedding, attention and residual, when training
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise UserError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
+        if self.n_embd % self.n_head:
+            raise UserError(f"a width of {self.n_embd} does not divide into {self.n_head} heads")
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights; the embedding is tied, so it counts once."""
+        per_layer = 12 * self.n_embd**2 + 13 * self.n_embd
+        return (self.vocab_size + self.n_positions + 2) * self.n_embd + self.n_layer * per_layer
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once and written in place. `length` is the number of tokens held."""
+
+    def __init__(self, config: GPTConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype):
+        head_width = config.n_embd // config.n_head
+        self.kv = torch.empty(config.n_layer, 2, batch, config.n_head, length, head_width, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes (B, H, T, D/H) behind what is held, and returns all keys and all values, (B, H, S, D/H)."""
+        end = self.length + k.size(2)
+        self.kv[layer, 0, :, :, self.length : end] = k
+        self.kv[layer, 1, :, :, self.length : end] = v
+        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all rows but these indices (b,)."""
+        self.kv = self.kv[:, :, rows]
+
+
+class Block(nn.Module):
+    """x + attention(ln_1(x)), then x + mlp(ln_2(x)). Parts are named as in the released files."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        D, eps = config.n_embd, config.layer_norm_epsilon
+        self.n_head, self.dropout = config.n_head, config.resid_pdrop
+        self.ln_1, self.ln_2 = nn.LayerNorm(D, eps=eps), nn.LayerNorm(D, eps=eps)
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(D, 3 * D), "c_proj": nn.Linear(D, D)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(D, 4 * D), "c_proj": nn.Linear(4 * D, D)})
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        B, T, D = x.shape
+        dropout = self.dropout if self.training else 0.0
+        qkv = self.attn["c_attn"](self.ln_1(x)).view(B, T, 3, self.n_head, D // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, H, S, D/H)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1)
+        y = self.attn["c_proj"](y.transpose(1, 2).reshape(B, T, D))  # (B, T, D)
+        x = x + F.dropout(y, dropout)
+        y = self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh"))
+        return x + F.dropout(y, dropout)
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config, self.dropout = config, config.resid_pdrop
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.frozen_head: Tensor | None = None
+
+    def forward(self, tokens: Tensor, starts: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """The last hidden states, after ln_f: tokens (B, T) int64 -> (B, T, D). `logits` goes on from there, only where
+        logits are needed.
+
+        starts (B,) counts the padding tokens at the left of each row. Without it rows begin in column 0, and padding at
+        their right goes unseen by the tokens before it. With a cache, the tokens follow those that it holds."""
+        T, past = tokens.size(1), cache.length if cache else 0
+        if past + T > self.config.n_positions:
+            raise UserError(f"{past + T} tokens do not fit into this model's {self.config.n_positions} positions")
+        columns = torch.arange(past + T, device=tokens.device)  # (S,)
+        positions, mask = columns[past:], None  # (T,)
+        if starts is not None or (past and T > 1):
+            first = (torch.zeros_like(tokens[:, 0]) if starts is None else starts)[:, None]  # (B, 1)
+            query = positions[:, None]
+            # padding may see itself: a row of nothing but -inf would become NaN
+            mask = (columns <= query) & ((columns >= first[..., None]) | (columns == query))  # (B, T, S)
+            mask, positions = mask[:, None], (positions - first).clamp(min=0)  # (B, 1, T, S), (B, T)
+        x = self.wte(tokens) + self.wpe(positions)  # (B, T, D)
+        x = F.dropout(x, self.dropout, self.training)
+        for layer, block in enumerate(self.h):
+            x = block(x, mask, cache, layer)
+        if cache is not None:
+            cache.length += T
+        return self.ln_f(x)
+
+    def head(self) -> Tensor:
+        """The output embedding (V, D). Under autocast it is taken less its mean row: softmax does not notice, but
+        logits of GPT-2 lie near -100, where bfloat16 knows only every half, and centred ones lie near 0."""
+        if self.frozen_head is not None:
+            return self.frozen_head
+        weight, device = self.wte.weight, self.wte.weight.device.type
+        if not torch.is_autocast_enabled(device):
+            return weight
+        return (weight - weight.mean(0)).to(torch.get_autocast_dtype(device))
+
+    def logits(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:
+        """(..., D) -> (..., V) in float32 or wider. A loop over chunks passes the `head()` that it made once."""
+        logits = F.linear(hidden, self.head() if head is None else head)
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def set_dropout(self, dropout: float) -> None:
+        for module in (self, *self.h):
+            module.dropout = dropout
+
+
+def predicting(hidden: Tensor, prompt_tokens: list[int], response_mask: Tensor) -> Tensor:
+    """The hidden states from which the response tokens are predicted, row by row without padding.
+
+    hidden (B, S, D) of right-padded rows of prompt and response, response_mask (B, T) -> (N, D)"""
+    first = torch.tensor(prompt_tokens, device=hidden.device)[:, None] - 1  # the prompt's last token predicts y_1
+    columns = first + torch.arange(response_mask.size(1), device=hidden.device)  # (B, T)
+    rows = torch.arange(len(hidden), device=hidden.device)[:, None].expand_as(columns)
+    return hidden[rows[response_mask], columns[response_mask]]
+
+
+def by_chunks(function: Callable, chunk: int, *rows: Tensor) -> tuple[Tensor, ...]:
+    """function(*rows) made `chunk` rows at a time, and made again in the backward pass.
+
+    function maps tensors of N rows to a tuple of tensors (N,). What it makes on the way, such as logits (N, V), takes
+    one chunk's memory: 0.2 GB for 1,024 positions of GPT-2's vocabulary, where a minibatch of the paper has 3 GB."""
+    if len(rows[0]) <= chunk:
+        return function(*rows)
+    parts = [checkpoint(function, *part, use_reentrant=False) for part in zip(*(r.split(chunk) for r in rows))]
+    return tuple(torch.cat(column) for column in zip(*parts))
+
+
+def frozen(model: GPT, dtype: torch.dtype) -> GPT:
+    """A copy for inference. Its matrices are held in `dtype`, so that autocast need not cast them at each call; all
+    else is shared with the model."""
+    with torch.device("meta"):
+        copy = GPT(model.config)
+    matrix = lambda name, p: name.startswith("h.") and p.dim() == 2
+    weights = {name: p.detach().to(dtype) if matrix(name, p) else p.detach() for name, p in model.named_parameters()}
+    copy.load_state_dict(weights, assign=True)
+    if dtype != model.wte.weight.dtype:
+        with torch.autocast(model.wte.weight.device.type, dtype):
+            copy.frozen_head = model.head().detach()
+    return copy.requires_grad_(False).eval()
+
+
+# ---- a new model ----------------------------------------------------------------------------------------------------
+
+def is_shape(name: str) -> bool:
+    return re.fullmatch(r"\d+x\d+x\d+", name) is not None
+
+
+def new_config(shape: str, tokenizer) -> GPTConfig:
+    """"LAYERSxHEADSxWIDTH", say "4x4x128", with this tokenizer's vocabulary, and without dropout."""
+    n_layer, n_head, n_embd = map(int, shape.split("x"))
+    return GPTConfig(n_layer, n_head, n_embd, tokenizer.n_vocab, 1024 if tokenizer.n_vocab > 1000 else 64,
+                     eos_token_id=tokenizer.eot_token, resid_pdrop=0.0)
+
+
+def new(config: GPTConfig, seed: int) -> GPT:
+    """Random weights, drawn as GPT-2's were; a narrow model's are drawn wider, so that its logits begin no flatter."""
+    model, generator = GPT(config), torch.Generator().manual_seed(seed)
+    std = 0.02 * math.sqrt(768 / min(config.n_embd, 768))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif p.dim() == 2:
+            residual = name.endswith("c_proj.weight")  # scaled down by the number of residual branches
+            nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if residual else std, generator=generator)
+    return model
+
+
+# ---- released weights -----------------------------------------------------------------------------------------------
+
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # stored (in, out)
+SUPPORTED = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+             "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
+             "tie_word_embeddings": (True,), "add_cross_attention": (False,)}
+
+
+def fetch(name: str, file: str, repo_type: str = "model", revision: str | None = None) -> Path | None:
+    """The local path of a file of a local folder or of a hub repository; None if it has no such file.
+
+    The hub's own client does the work: its cache, HF_ENDPOINT, HF_HUB_OFFLINE and tokens hold.
+    Raises UserError, with what to do, if the repository cannot be reached."""
+    if Path(name).is_dir():
+        return Path(name) / file if (Path(name) / file).is_file() else None
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"{name!r} is neither a folder nor a name on the hub (NAME or OWNER/NAME)")
+    from huggingface_hub import errors, hf_hub_download
+    try:
+        return Path(hf_hub_download(name, file, repo_type=repo_type, revision=revision))
+    except errors.GatedRepoError:
+        raise UserError(f"{name} on the hub is gated: ask for access on its page, then `hf auth login`") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise UserError(f"{name} is neither a folder here nor a {repo_type} on the hub (a private one needs "
+                        "`hf auth login`)") from None
+    except errors.LocalEntryNotFoundError as error:
+        if offline():
+            return None
+        raise UserError(f"{name}: the hub could not be reached for {file} ({type(error.__cause__ or error).__name__}); "
+                        "check the network and HF_ENDPOINT, or give a local folder") from None
+    except errors.EntryNotFoundError:
+        return None
+    except errors.HfHubHTTPError as error:
+        raise UserError(f"{name}: the hub answered {error.response.status_code} for {file}; try again later, or give a "
+                        "local folder") from None
+
+
+def offline() -> bool:
+    from huggingface_hub import constants
+    return constants.HF_HUB_OFFLINE
+
+
+def missing(name: str, what: str) -> UserError:
+    where = "cached copy (HF_HUB_OFFLINE is set)" if offline() else "hub repository"
+    where = "folder" if Path(name).is_dir() else where
+    return UserError(f"{name}: this {where} has no {what}")
+
+
+def read_config(name: str) -> GPTConfig:
+    """The shape of a model by name or folder. Raises UserError for what is no GPT-2 or is not there."""
+    path = fetch(name, "config.json")
+    if path is None:
+        raise missing(name, "config.json")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is not JSON: fetch it again") from None
+    for key, allowed in SUPPORTED.items():
+        if raw.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{name}: this is written for GPT-2, but its config.json says {key}={raw[key]!r}")
+    try:
+        return GPTConfig(**{field: raw[field] for field in GPTConfig.__dataclass_fields__ if field in raw})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def weight_files(name: str) -> list[Path]:
+    """The file that holds a model's weights, or its shards."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if path := fetch(name, whole):
+            return [path]
+        if index := fetch(name, whole + ".index.json"):
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            paths = [fetch(name, shard) for shard in shards]
+            if None in paths:
+                raise missing(name, f"{shards[paths.index(None)]}, which its index names")
+            return paths
+    raise missing(name, "model.safetensors or pytorch_model.bin, whole or in shards")
+
+
+def read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) one after the other. A .bin is unpickled with weights_only=True: it can run no code."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+            with safe_open(path, "pt") as file:
+                yield from ((key, file.get_tensor(key)) for key in file.keys())
+        else:
+            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+    except Exception as error:  # each reader has its own errors for a broken file, and they all mean this
+        raise UserError(f"{path} is damaged or incomplete: remove it and fetch it again "
+                        f"({type(error).__name__}: {str(error).splitlines()[0][:80]})") from None
+
+
+def load(name: str, device: torch.device | str = "cpu") -> GPT:
+    """A released GPT-2 in float32: gpt2, gpt2-xl, OWNER/NAME on the hub, or a folder.
+
+    Both forms in the wild are read: with the prefix `transformer.` or without, with attention buffers and a copy of the
+    tied output or without. Raises UserError, naming the tensor, where the weights do not fit their config.json."""
+    config = read_config(name)
+    with torch.device("meta"):
+        model = GPT(config)
+    shapes, weights, head = {key: p.shape for key, p in model.named_parameters()}, {}, None
+    for path in weight_files(name):
+        for key, tensor in read_weights(path):
+            key = key.removeprefix("transformer.")
+            if key == "lm_head.weight":
+                head = tensor
+            elif not key.endswith((".attn.bias", ".attn.masked_bias")):
+                tensor = tensor.t() if key.endswith(TRANSPOSED) else tensor
+                if tensor.shape != shapes.get(key):
+                    want = tuple(shapes[key]) if key in shapes else "no such tensor"
+                    raise UserError(f"{path} has {key} of shape {tuple(tensor.shape)}, its config.json asks for {want}")
+                weights[key] = nn.Parameter(tensor.to(device, torch.float32, copy=True).contiguous())
+    if absent := sorted(set(shapes) - set(weights)):
+        raise UserError(f"{name}: the weights lack {absent[0]}" + f" and {len(absent) - 1} more" * (len(absent) > 1))
+    if head is not None and not torch.equal(head.float(), weights["wte.weight"].cpu()):
+        raise UserError(f"{name}: its output (lm_head.weight) is not tied to its input embedding, as GPT-2's is")
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def save(model: GPT, folder: Path) -> None:
+    """model.safetensors and config.json, as `transformers` writes and reads them."""
+    from safetensors.torch import save_file
+    config, tensors = model.config, {}
+    for key, p in model.named_parameters():
+        p = p.detach().t() if key.endswith(TRANSPOSED) else p.detach()
+        tensors["transformer." + key] = p.to("cpu", torch.float32).contiguous()
+    raw = {key: getattr(config, key) for key in GPTConfig.__dataclass_fields__}
+    raw |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+            "n_ctx": config.n_positions, "bos_token_id": config.eos_token_id, "embd_pdrop": config.resid_pdrop,
+            "attn_pdrop": config.resid_pdrop, "tie_word_embeddings": True, "torch_dtype": "float32"}
+    with written_aside(folder / "model.safetensors") as aside:
+        save_file(tensors, aside, metadata={"format": "pt"})
+    with written_aside(folder / "config.json") as aside:
+        aside.write_text(json.dumps(raw, indent=1) + "\n")
