@@ -1,0 +1,278 @@
+"""Decoding from the student q, from the teacher p, or from their mixture p~ = alpha p + (1 - alpha) q.
+
+Paper:    arXiv 2306.08543v4, Section 2.2, Eq. (4): teacher-mixed sampling. distill.py learns from what comes out here.
+Run:      python sample.py --model=out/tiny/minillm --prompt="tell about the cat"
+          python sample.py --model=gpt2 --prompt="Name three colours." --samples=3 --top_p=0.9
+          python sample.py --model=out/teacher --data=dolly --split=train --out=out/answers.jsonl       (for SeqKD)
+Shapes:   B answers, b of them decoded together, P prompt tokens, T response tokens, D width, V vocabulary.
+Left out: beam search (no equation needs it); paged caches and continuous batching, which serve many users.
+"""
+
+import codecs
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tiktoken
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+from config import Machine, UserError, check, flag, machine, run, write_lines
+from data import Row
+from model import GPT, KVCache, frozen, load
+
+# ---- Eq. (4), and one draw ------------------------------------------------------------------------------------------
+
+def mix(student_logp_vocab: Tensor, teacher_logp_vocab: Tensor, mix_alpha: float) -> Tensor:
+    """log p~ = log(alpha p + (1 - alpha) q). (..., V) each."""
+    if mix_alpha in (0.0, 1.0):
+        return teacher_logp_vocab if mix_alpha else student_logp_vocab
+    of_teacher, of_student = teacher_logp_vocab + math.log(mix_alpha), student_logp_vocab + math.log1p(-mix_alpha)
+    return torch.logaddexp(of_teacher, of_student)  # Eq. (4)
+
+
+def restrict(logp_vocab: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """log-probabilities (b, V) sharpened by a temperature, cut to the top_k tokens, then to the fewest that hold top_p.
+
+    For people who read samples. A rollout is drawn from exactly what is scored."""
+    if temperature == 1 and not top_k and top_p == 1:
+        return logp_vocab
+    logp_vocab = (logp_vocab / temperature).log_softmax(-1)
+    if top_k:
+        least = logp_vocab.topk(min(top_k, logp_vocab.size(-1)), dim=-1).values[:, -1:]
+        logp_vocab = logp_vocab.masked_fill(logp_vocab < least, -torch.inf).log_softmax(-1)
+    if top_p < 1:
+        ranked, index = logp_vocab.sort(-1, descending=True)
+        beyond = ranked.exp().cumsum(-1) - ranked.exp() >= top_p  # what ranks higher holds top_p already
+        logp_vocab = logp_vocab.masked_fill(beyond.scatter(-1, index, beyond), -torch.inf).log_softmax(-1)
+    return logp_vocab
+
+
+def inverse_cdf(logp_vocab: Tensor, uniform: Tensor) -> Tensor:
+    """The token (b,) at which the distribution function of each row first exceeds uniform (b,), in [0, 1).
+
+    A token of probability 0 is a step of height 0 and never taken. The last sum stands for 1, so that rounding cannot
+    lead beyond the vocabulary."""
+    cdf = logp_vocab.double().exp().cumsum(-1)  # (b, V)
+    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(1)
+
+
+def uniforms(seed: int, answers: Iterable[int], length: int) -> Tensor:
+    """(B, T) float64 numbers in [0, 1), one for each answer and position, each answer from a stream of its own.
+
+    So an answer depends neither on the batch it is decoded in, nor on the number of processes, nor on what was sampled
+    before it."""
+    streams = (np.random.Generator(np.random.Philox(key=[seed, answer])) for answer in answers)
+    return torch.from_numpy(np.stack([stream.random(length) for stream in streams]))
+
+
+def taken(logp_vocab: Tensor, token: Tensor) -> Tensor:
+    """(b, V), (b,) -> (b,)"""
+    return logp_vocab.gather(-1, token[:, None]).squeeze(-1)
+
+
+# ---- rollouts -------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Rollout:
+    """Answers, and what the one pass that sampled them knows of them. Entries outside of response_mask are 0."""
+    prompts: list[list[int]]
+    response: Tensor  # (B, T) int64
+    response_mask: Tensor  # (B, T) bool, true through the end token, inclusive
+    ended: Tensor  # (B,) bool, false where an answer ran out of length
+    student_logp: Tensor  # (B, T) log q(y_t)
+    mixed_logp: Tensor  # (B, T) log-probability under what y_t was drawn from: p~, Eq. (4), restricted if asked for
+    teacher_logp: Tensor | None  # (B, T) log p(y_t)
+    reverse_kl: Tensor | None  # (B, T) KL[q || p] over the vocabulary at each position visited
+    teacher_hidden: Tensor | None  # (B, T, D) the teacher's last hidden state, from which it predicts y_t
+
+    @cached_property
+    def answers(self) -> list[list[int]]:
+        """The tokens of each response, its end token included."""
+        return [row[:n] for row, n in zip(self.response.tolist(), self.response_mask.sum(1).tolist())]
+
+
+@torch.no_grad()
+def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, teacher: GPT | None = None,
+           mix_alpha: float = 0.0, batch_size: int = 64, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+           keep_hidden: bool = False, on_token: Callable | None = None, progress: str = "") -> Rollout:
+    """An answer of at most T tokens to each of B prompts, drawn from Eq. (4)'s mixture; uniform (B, T) sets T.
+
+    Both models read a prompt once, then advance together, token by token. Prompts of like length are decoded together,
+    and rows that have ended leave. Pass `frozen` models. on_token(row, token) hears of each token as it is drawn."""
+    (B, T), device = uniform.shape, m.device
+    if mix_alpha and teacher is None:
+        raise UserError(f"--mix_alpha={mix_alpha} mixes with a teacher: give --teacher")
+    models = [student, teacher] if teacher else [student]
+    room = min(model.config.n_positions for model in models)
+    new = lambda *shape, dtype=torch.float32: torch.zeros(B, *shape, dtype=dtype, device=device)
+    response, length, student_logp, mixed_logp = new(T, dtype=torch.int64), new(dtype=torch.int64), new(T), new(T)
+    teacher_logp, reverse_kl = (new(T), new(T)) if teacher else (None, None)
+    teacher_hidden = new(T, teacher.config.n_embd, dtype=m.dtype) if teacher and keep_hidden else None
+    uniform = uniform.to(device)
+    look_every = 16 if device.type == "cuda" else 1  # asking which rows have ended waits for the device
+    order = sorted(range(B), key=lambda row: -len(prompts[row]))  # longest first: memory is asked for once
+    bar = tqdm(total=B, desc=progress, unit=" answers", leave=False, delay=2, disable=not progress or m.rank > 0)
+    for at in range(0, B, batch_size):
+        batch = order[at : at + batch_size]
+        feed, starts = data.pad_left([prompts[row] for row in batch], device)  # (b, P), (b,)
+        width, rows, done = feed.size(1) + T - 1, torch.tensor(batch, device=device), torch.zeros_like(starts).bool()
+        if width > room:
+            raise UserError(f"a prompt of {feed.size(1)} tokens and {T} new ones do not fit into {room} positions")
+        caches = [KVCache(model.config, len(batch), width, device, m.dtype) for model in models]
+        for t in range(T):
+            with m.autocast():
+                hidden = [model(feed, starts, cache)[:, -1] for model, cache in zip(models, caches)]  # (b, D) each
+                logp_vocab = [model.logits(h).log_softmax(-1) for model, h in zip(models, hidden)]  # (b, V) each
+            log_q, log_p = logp_vocab[0], logp_vocab[-1]
+            drawn_from = restrict(mix(log_q, log_p, mix_alpha), temperature, top_k, top_p)  # (b, V)
+            token = inverse_cdf(drawn_from, uniform[rows, t])  # (b,)
+            response[rows, t], length[rows] = token, torch.where(done, length[rows], t + 1)
+            student_logp[rows, t], mixed_logp[rows, t] = taken(log_q, token), taken(drawn_from, token)
+            if teacher:
+                teacher_logp[rows, t] = taken(log_p, token)
+                reverse_kl[rows, t] = (log_q.exp() * (log_q - log_p)).sum(-1)
+            if teacher_hidden is not None:
+                teacher_hidden[rows, t] = hidden[1].to(m.dtype)
+            if on_token:
+                for row, drawn in zip(rows[~done].tolist(), token[~done].tolist()):
+                    on_token(row, drawn)
+            done |= token == student.config.eos_token_id
+            feed = token[:, None]
+            if (t + 1) % look_every == 0:
+                alive = (~done).nonzero().squeeze(1)
+                if len(alive) == 0:
+                    break
+                if len(alive) <= 0.75 * len(rows):  # each time a quarter is gone, so copying caches stays cheap
+                    rows, done, feed, starts = rows[alive], done[alive], feed[alive], starts[alive]
+                    for cache in caches:
+                        cache.keep(alive)
+        bar.update(len(batch))
+    bar.close()
+    response_mask = torch.arange(T, device=device) < length[:, None]  # (B, T)
+    for values in (response, student_logp, mixed_logp, teacher_logp, reverse_kl):
+        if values is not None:
+            values.masked_fill_(~response_mask, 0)  # a row that has ended writes on until it leaves
+    ended = response.gather(1, length[:, None] - 1).squeeze(1) == student.config.eos_token_id
+    return Rollout(prompts, response, response_mask, ended, student_logp, mixed_logp, teacher_logp, reverse_kl,
+                   teacher_hidden)
+
+
+def room_for_answers(model: GPT, prompts: list[list[int]]) -> int:
+    """The paper's 256 tokens, or what is left of the positions behind the longest prompt."""
+    return max(1, min(256, model.config.n_positions + 1 - max(map(len, prompts))))
+
+
+# ---- command --------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Config:
+    model: str = flag("out/tiny/minillm", "what to sample from: a folder, gpt2 ... gpt2-xl, OWNER/NAME on the hub")
+    teacher: str | None = flag(None, "second model of the mixture, p in Eq. (4)")
+    mix_alpha: float = flag(0.0, "share of the teacher in the mixture, alpha in Eq. (4)")
+    prompt: str | None = flag(None, "an instruction; the template is put around it")
+    input: str = flag("", "its optional input")
+    raw: bool = flag(False, "take --prompt, or the lines of --prompts, as they are, without the template")
+    prompts: str | None = flag(None, "a file of instructions: .jsonl rows, or one a line")
+    data: str | None = flag(None, "an instruction set by name or .jsonl, all of --split")
+    split: Literal["train", "valid", "test"] = flag("test", "which part of --data")
+    samples: int = flag(1, "answers to each prompt")
+    max_response_tokens: int | None = flag(None, "longest answer; default 256, or what the model has room for")
+    max_prompt_tokens: int = flag(256, "longer prompts of --data are dropped")
+    temperature: float = flag(1.0, "divides the logits; near 0 the likeliest token always")
+    top_k: int = flag(0, "draw from the likeliest k tokens only; 0 for all")
+    top_p: float = flag(1.0, "draw from the fewest tokens that hold this probability")
+    seed: int = flag(0, "of the draws")
+    batch_size: int = flag(64, "answers decoded together")
+    limit: int | None = flag(None, "use the first so many prompts only")
+    out: str | None = flag(None, "write a .jsonl of rows (for SeqKD: teacher.py --data=THAT) instead of printing")
+    device: str = flag("auto", "cpu, cuda, cuda:1 ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "what autocast computes in")
+
+    def __post_init__(self):
+        check(self, mix_alpha=(0, 1), samples=(1, 10**6), max_response_tokens=(1, 1023), max_prompt_tokens=(1, 1023),
+              temperature=(1e-4, 100), top_k=(0, 10**6), top_p=(1e-6, 1), seed=(0, 2**62), batch_size=(1, 10**5),
+              limit=(1, 10**9))
+        if [self.prompt, self.prompts, self.data].count(None) != 2:
+            raise UserError("give one of --prompt, --prompts and --data")
+
+
+class Printer:
+    """Prints answers as they are drawn: a single one token by token, several each when it is complete."""
+
+    def __init__(self, tokenizer: tiktoken.Encoding, count: int):
+        self.tokenizer, self.single, self.tokens = tokenizer, count == 1, [[] for _ in range(count)]
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over tokens
+
+    def __call__(self, row: int, token: int) -> None:
+        self.tokens[row].append(token)
+        if self.single and token != self.tokenizer.eot_token:
+            print(self.utf8.decode(self.tokenizer.decode_single_token_bytes(token)), end="", flush=True)
+        elif token == self.tokenizer.eot_token:
+            self.finish(row)
+
+    def finish(self, row: int) -> None:
+        whole = f"[{row}] {data.decode(self.tokenizer, self.tokens[row])}"
+        print(self.utf8.decode(b"", final=True) if self.single else whole, flush=True)
+
+
+def read_prompts(cfg: Config, tokenizer: tiktoken.Encoding) -> tuple[list[Row], list[list[int]]]:
+    if cfg.data:
+        examples = data.load_examples(cfg.data, cfg.split, tokenizer, cfg.max_prompt_tokens, 1024)
+        return [e.row for e in examples], [e.prompt for e in examples]
+    rows = [Row(cfg.prompt, cfg.input)] if cfg.prompt is not None else []
+    if cfg.prompts and cfg.prompts.endswith(".jsonl"):
+        rows = data.read_rows(Path(cfg.prompts), need_output=False)
+    elif cfg.prompts:
+        try:
+            rows = [Row(line) for line in Path(cfg.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError:
+            raise UserError(f"{cfg.prompts}: not UTF-8 text") from None
+        except OSError as error:
+            raise UserError(f"{cfg.prompts}: {error.strerror}") from None
+    prompts = data.encode(tokenizer, [row.instruction if cfg.raw else row.prompt_text for row in rows])
+    if not rows or not all(prompts):
+        raise UserError(f"{cfg.prompts or '--prompt'}: there is no prompt in it; a model needs a token to begin with")
+    return rows, prompts
+
+
+def main(cfg: Config) -> None:
+    m, tokenizer = machine(cfg.device, cfg.dtype), data.load_tokenizer(cfg.model)
+    rows, prompts = read_prompts(cfg, tokenizer)
+    rows, prompts = ([x for x in xs[: cfg.limit] for _ in range(cfg.samples)] for xs in (rows, prompts))
+    model = frozen(load(cfg.model, m.device), m.dtype)
+    teacher = frozen(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
+    longest = cfg.max_response_tokens or room_for_answers(model, prompts)
+    mine = range(m.rank, len(rows), m.world)
+    printer, began = None if cfg.out else Printer(tokenizer, len(rows)), time.perf_counter()
+    rollout = sample(model, [prompts[i] for i in mine], uniforms(cfg.seed, mine, longest), m, teacher, cfg.mix_alpha,
+                     cfg.batch_size, cfg.temperature, cfg.top_k, cfg.top_p, on_token=printer,
+                     progress="sampling" if cfg.out else "")
+    seconds, answers = time.perf_counter() - began, m.gather(list(zip(mine, rollout.answers, rollout.ended.tolist())))
+    if printer:
+        for row in (~rollout.ended).nonzero().squeeze(1).tolist():
+            printer.finish(row)
+    elif m.rank == 0:
+        lines = [{"instruction": rows[i].instruction, "input": rows[i].input, "output": data.decode(tokenizer, answer),
+                  "ended": ended, "seed": cfg.seed} for i, answer, ended in sorted(answers)]
+        kept = [line for line in lines if line["output"].strip()]
+        write_lines(Path(cfg.out), kept)
+        empty = len(lines) - len(kept)
+        print(f"{cfg.out}: {len(kept):,} answers" + f", {empty:,} empty ones left out" * (empty > 0))
+    m.barrier()
+    count = sum(len(answer) for _, answer, _ in answers)
+    if m.rank == 0:
+        print(f"{count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} tokens/s, on {m.device} in "
+              f"{str(m.dtype)[6:]}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main, Config)
