@@ -1,0 +1,163 @@
+"""The metrics: Rouge-L and its kin, KL to a teacher, and the share of right answers in the built-in world.
+
+Paper:    arXiv 2306.08543v4, Section 3.1 (Rouge-L at temperature 1, mean of 5 seeds) and Section 2.1 (the two KLs).
+Run:      python eval.py --model=out/tiny/minillm --teacher=out/tiny/teacher
+          python eval.py --model=MiniLLM/MiniLLM-gpt2-120M --data=dolly
+Shapes:   B answers, T response tokens, N response tokens of several rows, D width.
+Left out: GPT-4 and human judges, calibration, diversity of real text, exposure bias (Section 3.3, Appendix B.5).
+"""
+
+import string
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tiktoken
+import torch
+
+import data
+import world
+from config import Machine, check, flag, machine, read_json, run, write_json, write_lines
+from data import Example
+from model import GPT, by_chunks, frozen, load, predicting
+from sample import room_for_answers, sample, taken, uniforms
+
+
+@cache
+def rouge_scorer():
+    from rouge_score.rouge_scorer import RougeScorer
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def rouge_l(answer: str, references: Sequence[str]) -> float:
+    """Rouge-L F1 in percent, Porter-stemmed, the best over the references: the number in the paper's tables."""
+    return 100 * max(rouge_scorer().score(reference, answer)["rougeL"].fmeasure for reference in references)
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """100 if the answer is a reference but for case, punctuation and white space, else 0."""
+    plain = lambda text: " ".join("".join(c for c in text.lower() if c not in string.punctuation).split())
+    return 100.0 * (plain(answer) in map(plain, references))
+
+
+@torch.no_grad()
+def held_out_loss(model: GPT, examples: Sequence[Example], m: Machine, batch_size: int = 16, chunk: int = 512) -> float:
+    """Mean negative log-likelihood of the references in nats per token, end tokens included."""
+    total = torch.zeros(2, dtype=torch.float64, device=m.device)  # nats, tokens
+    lengths = [len(e.prompt) + len(e.response) for e in examples]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)[m.rank :: m.world]
+    for at in range(0, len(order), batch_size):
+        batch = [examples[i] for i in order[at : at + batch_size]]
+        tokens, response, mask = data.pad_right([e.prompt for e in batch], [e.response for e in batch], m.device)
+        with m.autocast():
+            hidden = predicting(model(tokens), [len(e.prompt) for e in batch], mask)  # (N, D)
+            logps = lambda hidden, y: (taken(model.logits(hidden).log_softmax(-1), y),)
+            (logp,) = by_chunks(logps, chunk, hidden, response[mask])  # (N,)
+        total[0] -= logp.double().sum()
+        total[1] += len(logp)
+    m.sum(total)
+    return (total[0] / total[1]).item()
+
+
+def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Example], m: Machine,
+             teacher: GPT | None = None, seeds: Sequence[int] = (10,), max_response_tokens: int = 256,
+             batch_size: int = 64, forward: bool = False, progress: str = "evaluating") -> tuple[dict, list[dict]]:
+    """An answer to each prompt and seed, scored: the mean of each metric for each seed, and the answers.
+
+    Of an answer: rouge_l and exact_match, in percent; tokens; ended, 100 if it reached the end token; with a teacher
+    reverse_kl in nats, the exact KL[q || p] at each position that the answer visits, summed; if `forward` also
+    forward_kl, KL[p || q] along an answer of p; in the built-in world valid, 100 if it is right. Of all answers to a
+    prompt, over all seeds, in the built-in world: distinct, the percentage left when repetitions are struck out."""
+    model, answers, in_world = frozen(model, m.dtype), [], tokenizer.name == "words"
+    mine = range(m.rank, len(examples), m.world)
+    prompts = [examples[i].prompt for i in mine]
+    for seed in seeds:
+        uniform, label = uniforms(seed, mine, max_response_tokens), f"{progress}, seed {seed}"
+        rollout = sample(model, prompts, uniform, m, teacher, batch_size=batch_size, progress=label)
+        columns = {"tokens": rollout.response_mask.sum(1), "ended": 100 * rollout.ended}
+        if teacher:
+            columns["reverse_kl"] = rollout.reverse_kl.sum(1)
+        if teacher and forward:
+            swapped = sample(teacher, prompts, uniform, m, model, batch_size=batch_size, progress=label + ", teacher")
+            columns["forward_kl"] = swapped.reverse_kl.sum(1)
+        columns = {name: values.tolist() for name, values in columns.items()}
+        for n, i in enumerate(mine):
+            row, text = examples[i].row, data.decode(tokenizer, rollout.answers[n])
+            scores = {name: values[n] for name, values in columns.items()}
+            scores |= {"rouge_l": rouge_l(text, row.outputs), "exact_match": exact_match(text, row.outputs)}
+            if in_world:
+                right = rollout.ended[n] and world.is_valid(row.instruction, row.input, text)
+                scores["valid"] = 100.0 if right else 0.0
+            answers.append({"seed": seed, "prompt": i, "instruction": row.instruction, "input": row.input,
+                            "answer": text, "scores": scores})
+    answers = sorted(m.gather(answers), key=lambda a: (a["seed"], a["prompt"]))
+    means = {name: [float(np.mean([a["scores"][name] for a in answers if a["seed"] == seed])) for seed in seeds]
+             for name in answers[0]["scores"]}
+    if in_world:
+        different = {(a["instruction"], a["input"], a["answer"]) for a in answers}
+        means["distinct"] = [100 * len(different) / len(answers)]
+    return means, answers
+
+
+# ---- command --------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Config:
+    model: str = flag("out/tiny/minillm", "what to evaluate: a folder, gpt2 ... gpt2-xl, OWNER/NAME on the hub")
+    data: str | None = flag(None, "instruction set or FILE.jsonl; default tiny for a model of that world, else dolly")
+    teacher: str | None = flag(None, "measure reverse and forward KL to this model")
+    seeds: int = flag(5, "number of seeds, of 10, 20, 30 ...")
+    limit: int | None = flag(None, "use the first so many prompts only")
+    max_prompt_tokens: int = flag(256, "longer prompts are dropped")
+    max_response_tokens: int | None = flag(None, "longest answer; default 256, or what the model has room for")
+    batch_size: int = flag(64, "answers decoded together; changes memory and speed only")
+    out: str | None = flag(None, "folder for results.json and samples.jsonl; default: only print")
+    device: str = flag("auto", "cpu, cuda, cuda:1 ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "what autocast computes in")
+
+    def __post_init__(self):
+        check(self, seeds=(1, 1000), limit=(1, 10**9), max_prompt_tokens=(1, 1023), max_response_tokens=(1, 1023),
+              batch_size=(1, 10**5))
+
+
+def main(cfg: Config) -> dict:
+    m, tokenizer = machine(cfg.device, cfg.dtype), data.load_tokenizer(cfg.model)
+    given = asdict(cfg) | {"batch_size": None, "device": None, "weights": [stamp(cfg.model), stamp(cfg.teacher)]}
+    if cfg.out and (Path(cfg.out) / "results.json").is_file():
+        results = read_json(Path(cfg.out) / "results.json")
+        if results["given"] == given:
+            m.say(f"{cfg.out}: evaluated earlier, kept")
+            return results
+    name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
+    longest = cfg.max_prompt_tokens + (cfg.max_response_tokens or 256)
+    examples = data.load_examples(name, "test", tokenizer, cfg.max_prompt_tokens, longest, m.say)[: cfg.limit]
+    model = load(cfg.model, m.device)
+    teacher = frozen(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
+    seeds = [10 * (n + 1) for n in range(cfg.seeds)]
+    room = cfg.max_response_tokens or room_for_answers(model, [e.prompt for e in examples])
+    means, answers = evaluate(model, tokenizer, examples, m, teacher, seeds, room, cfg.batch_size, forward=True,
+                              progress=cfg.model)
+    means["loss"] = [held_out_loss(model, examples, m)]
+    m.say(f"{cfg.model} on {name}, {len(examples):,} prompts; mean and standard deviation of {len(seeds)} seeds")
+    for metric, values in means.items():
+        spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+        m.say(f"  {metric:12}{np.mean(values):9.3f}{spread}")
+    results = {"given": given, "data": name, "prompts": len(examples), "seeds": seeds, "scores": means}
+    if cfg.out and m.rank == 0:
+        write_lines(Path(cfg.out) / "samples.jsonl", answers)
+        write_json(Path(cfg.out) / "results.json", results)
+    m.barrier()
+    return results
+
+
+def stamp(model: str | None) -> int | None:
+    """When the weights of a folder were written; a result is kept only for the weights that it was made with."""
+    path = Path(model or "") / "model.safetensors"
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+if __name__ == "__main__":
+    run(main, Config)
