@@ -1,0 +1,324 @@
+"""Supervised training: the teacher p, the student's phase 1, and the baselines SFT, KD and SeqKD.
+
+Paper:    arXiv 2306.08543v4, Section 3.1 and Appendix B.1 (recipes by size), and phase 1 of Algorithm 1. What a run is
+          resumed from is written here too, for distill.py as well.
+Run:      python teacher.py --model=gpt2-xl --out=out/teacher                                the teacher; SFT likewise
+          python teacher.py --model=gpt2 --select=loss --epochs=3 --out=out/init             phase 1 of the student
+          python teacher.py --model=gpt2 --teacher=out/teacher --out=out/kd                  KD
+          python teacher.py --model=gpt2 --data=out/answers.jsonl --valid_data=dolly --out=out/seqkd         SeqKD
+          python teacher.py --model=4x4x128 --data=text.txt --updates=2000 --out=out/base    a new GPT-2, from text
+Shapes:   B rows, T response tokens, N response tokens of several rows, D width, V vocabulary.
+Left out: the paper's search over learning rates (give --lr); LoRA; ZeRO and FSDP.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import tiktoken
+import torch
+from torch import Tensor
+
+import data
+from config import Machine, UserError, check, clock, flag, machine, read_json, run, write_json, written_aside
+from data import Example
+from eval import evaluate, held_out_loss
+from model import GPT, GPTConfig, by_chunks, frozen, is_shape, load, new, new_config, predicting, save
+from sample import taken
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = flag("gpt2", "begin with: a folder, gpt2 ... gpt2-xl, OWNER/NAME, or LAYERSxHEADSxWIDTH for a new one")
+    out: str = flag("out/sft", "folder of the result")
+    data: str = flag("dolly", "instructions: dolly, tiny, FILE.jsonl; or plain text: FILE.txt, a folder, openwebtext")
+    valid_data: str | None = flag(None, "validate on this instruction set instead of the data's own rows")
+    teacher: str | None = flag(None, "p of word-level KD; without one the loss is that of the data alone")
+    kd_ratio: float = flag(0.5, "share of KL[p || q] in the loss if there is a teacher; the rest is the data's")
+    lr: float | None = flag(None, "peak learning rate; default by the model's size, see RECIPES")
+    lr_end: float = flag(1e-7, "learning rate at the end of the cosine")
+    epochs: int | None = flag(None, "passes over the data; default by the model's size")
+    updates: int | None = flag(None, "optimizer steps, instead of epochs")
+    batch_size: int = flag(32, "samples of an update")
+    micro_batch: int = flag(8, "samples of a forward pass; changes memory and speed only")
+    vocab_chunk: int = flag(1024, "positions whose logits exist at a time; likewise")
+    weight_decay: float = flag(0.01, "of AdamW")
+    grad_clip: float = flag(1.0, "largest norm of the gradient")
+    dropout: float | None = flag(None, "while training; default as in the model's config.json")
+    select: Literal["rouge_l", "loss", "last"] = flag("rouge_l", "validation that picks the weights to keep")
+    valid_limit: int = flag(1000, "validation rows used")
+    evals: int | None = flag(None, "validations in all; default one an epoch, or ten if --updates is given")
+    max_prompt_tokens: int = flag(256, "longer prompts are dropped")
+    max_tokens: int = flag(512, "longer samples are dropped; length of a piece of plain text")
+    seed: int = flag(10, "of order, dropout and new weights")
+    log_every: int = flag(1, "updates between printed lines; log.jsonl has them all")
+    resume: bool = flag(False, "go on with an unfinished run")
+    device: str = flag("auto", "cpu, cuda, cuda:1 ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "what autocast computes in")
+
+    def __post_init__(self):
+        check(self, kd_ratio=(0, 1), lr=(0, 10), lr_end=(0, 10), epochs=(1, 10**6), updates=(1, 10**9),
+              batch_size=(1, 10**6), micro_batch=(1, 10**6), vocab_chunk=(1, 10**9), weight_decay=(0, 10),
+              grad_clip=(1e-9, math.inf), dropout=(0, 0.99), valid_limit=(1, 10**9), evals=(1, 10**6),
+              max_prompt_tokens=(1, 1022), max_tokens=(2, 1024), seed=(0, 2**62), log_every=(1, 10**9))
+        if self.epochs and self.updates:
+            raise UserError("--epochs and --updates both say how long to train: give one")
+        if self.max_prompt_tokens >= self.max_tokens:
+            raise UserError(f"--max_prompt_tokens={self.max_prompt_tokens} leaves no room for an answer in "
+                            f"--max_tokens={self.max_tokens}")
+        if data.is_text(self.data) and self.select == "rouge_l":
+            raise UserError(f"--data={self.data} is plain text, without answers to compare: give --select=loss or last")
+
+
+# Appendix B.1 gives grids and the released scripts what was chosen: (parameters up to, learning rate, epochs).
+RECIPES = ((200e6, 5e-4, 20), (600e6, 1e-4, 20), (1.3e9, 1e-4, 10), (math.inf, 5e-5, 10))
+# Flags that change no result: a run may be resumed, or found finished, with others than it was begun with.
+FREE = {"resume", "device", "log_every", "micro_batch", "vocab_chunk", "out"}
+
+
+def schedule(cfg: Config, config: GPTConfig, rows: int) -> tuple[int, int, float]:
+    """(updates, validations, peak learning rate): the flags', and where they are silent those of RECIPES."""
+    _, lr, epochs = next(recipe for recipe in RECIPES if config.parameters <= recipe[0])
+    epochs = cfg.epochs or epochs
+    updates = cfg.updates or math.ceil(epochs * rows / cfg.batch_size)
+    return updates, min(updates, cfg.evals or (10 if cfg.updates else epochs)), lr if cfg.lr is None else cfg.lr
+
+
+def answer_loss(model: GPT, batch: Sequence[Example], m: Machine, teacher: GPT | None, kd_ratio: float,
+                chunk: int) -> tuple[Tensor, Tensor]:
+    """Sums over the response tokens of a batch, end tokens included: of -log q(y_t), and of the loss to train with,
+    (1 - kd_ratio) (-log q(y_t)) + kd_ratio KL[p || q]. The caller divides by the tokens of the whole batch, of which
+    this may be a part."""
+    tokens, response, mask = data.pad_right([e.prompt for e in batch], [e.response for e in batch], m.device)
+    prompt_tokens = [len(e.prompt) for e in batch]
+
+    def terms(hidden: Tensor, y: Tensor, teacher_hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        log_q = model.logits(hidden, head).log_softmax(-1)  # (chunk, V)
+        gold = -taken(log_q, y)
+        if teacher_hidden is None:
+            return gold, gold
+        log_p = teacher.logits(teacher_hidden).log_softmax(-1)
+        return gold, (1 - kd_ratio) * gold + kd_ratio * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    with m.autocast():
+        rows, head = [predicting(model(tokens), prompt_tokens, mask), response[mask]], model.head()  # (N, D), (N,)
+        if teacher is not None:
+            with torch.no_grad():
+                rows.append(predicting(teacher(tokens), prompt_tokens, mask))  # (N, D)
+        gold, loss = by_chunks(terms, chunk, *rows)  # (N,) each
+    return gold.detach().sum(), loss.sum()
+
+
+# ---- an update, and what is kept between updates: distill.py's too --------------------------------------------------
+
+def optimizer_of(model: GPT, m: Machine, betas: tuple[float, float],
+                 weight_decay: float) -> tuple[torch.optim.AdamW, torch.amp.GradScaler]:
+    """AdamW over all weights, and the scaling of the loss that float16 alone needs."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=weight_decay, fused=True)
+    return optimizer, torch.amp.GradScaler(m.device.type, enabled=m.dtype == torch.float16)
+
+
+def apply_update(model: GPT, optimizer: torch.optim.AdamW, scaler: torch.amp.GradScaler, m: Machine, lr: float,
+                 grad_clip: float) -> float:
+    """Sums the gradients of all processes, clips their norm, takes a step. Returns the norm before clipping.
+
+    Raises UserError for a gradient that is not finite; in float16 the scaler skips the step and scales down instead."""
+    for p in model.parameters():
+        if p.grad is None:  # this process had no row of the batch
+            p.grad = torch.zeros_like(p)
+    m.sum(*(p.grad for p in model.parameters()))
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
+    if not math.isfinite(norm) and not scaler.is_enabled():
+        raise UserError(f"the gradient's norm is {norm}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def begin(out: Path, cfg, free: set[str], m: Machine) -> bool:
+    """Whether the run of this folder is finished. If not, notes its flags in run.json.
+
+    Raises UserError if the folder was made with other flags, or holds an unfinished run and --resume is not given."""
+    finished, begun = (out / "results.json").is_file(), (out / "run.json").is_file()
+    if begun:
+        old = read_json(out / "run.json")
+        for name, value in asdict(cfg).items():
+            if name not in free and old.get(name) != value:
+                raise UserError(f"{out} was made with --{name}={old.get(name)}, now it is {value}: choose another "
+                                "--out, or remove that folder")
+        if not finished and not cfg.resume:
+            raise UserError(f"{out} holds an unfinished run: --resume goes on with it; to begin anew remove the folder")
+    m.barrier()  # all have looked before one writes
+    if not finished and m.rank == 0:
+        write_json(out / "run.json", asdict(cfg))
+    if finished:
+        m.say(f"{out}: finished earlier, kept")
+    return finished
+
+
+def save_state(out: Path, model: GPT, optimizer, scaler, step: int, best: dict | None) -> None:
+    """What a run is resumed from. Order, draws and dropout are functions of seed and step; the step stands for them."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+             "step": step, "best": best}
+    with written_aside(out / "state.pt") as aside:
+        torch.save(state, aside)
+
+
+def load_state(out: Path, model: GPT, optimizer, scaler, m: Machine) -> tuple[int, dict | None]:
+    """(updates done, best validation so far) from state.pt; (0, None) without one. log.jsonl is cut back to there."""
+    state = {"step": 0, "best": None}
+    if (out / "state.pt").is_file():
+        try:
+            state = torch.load(out / "state.pt", map_location=m.device, weights_only=True)
+        except Exception as error:  # pickle, zip and torch have one each for a broken file
+            raise UserError(f"{out / 'state.pt'} is damaged ({type(error).__name__}): remove {out} to begin anew"
+                            ) from None
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    if m.rank == 0 and (out / "log.jsonl").is_file():
+        lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        with written_aside(out / "log.jsonl") as aside:
+            done = lambda line: line.endswith("\n") and json.loads(line)["step"] <= state["step"]
+            aside.write_text("".join(filter(done, lines)), encoding="utf-8")
+    m.barrier()
+    return state["step"], state["best"]
+
+
+def finish(out: Path, m: Machine, results: dict) -> dict:
+    """results.json marks a run as finished; its state is not needed any more."""
+    if m.rank == 0:
+        write_json(out / "results.json", results)
+        (out / "state.pt").unlink(missing_ok=True)
+    m.barrier()
+    return results
+
+
+def log(out: Path, m: Machine, line: dict) -> None:
+    if m.rank == 0:
+        with open(out / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def validate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Example], m: Machine, cfg,
+             teacher: GPT | None = None) -> tuple[dict, list[dict]]:
+    """Held-out loss and, on instructions, the metrics of one answer to each prompt; always the same draws."""
+    scores = {"loss": held_out_loss(model, examples, m)}
+    if isinstance(examples, data.Pieces):
+        return scores, []
+    means, answers = evaluate(model, tokenizer, examples, m, teacher, progress="validating",
+                              max_response_tokens=cfg.max_tokens - cfg.max_prompt_tokens)
+    return scores | {name: values[0] for name, values in means.items()}, answers
+
+
+def keep_best(model: GPT, tokenizer: tiktoken.Encoding, out: Path, m: Machine, select: str, scores: dict,
+              best: dict | None) -> dict:
+    """Saves the model if its validation is the best so far, and returns the best."""
+    sign = -1 if select == "loss" else 1
+    if best is not None and select != "last" and sign * scores[select] <= sign * best[select]:
+        return best
+    if m.rank == 0:
+        save(model, out)
+        data.save_tokenizer(tokenizer, out)
+    return scores
+
+
+# ---- command --------------------------------------------------------------------------------------------------------
+
+def presets(given: dict) -> dict:
+    """Plain text has no answers to compare, so its weights are chosen by loss."""
+    return {"select": "loss"} if data.is_text(given.get("data", "dolly")) else {}
+
+
+def main(cfg: Config) -> dict:
+    m, out = machine(cfg.device, cfg.dtype), Path(cfg.out)
+
+    # 1 what is there already
+    if begin(out, cfg, FREE, m):
+        return read_json(out / "results.json")
+
+    # 2 data and models
+    tokenizer = data.tokenizer_for(cfg.data) if is_shape(cfg.model) else data.load_tokenizer(cfg.model)
+    if data.is_text(cfg.data):
+        pieces = data.Pieces(data.load_corpus(cfg.data, tokenizer, out.parent / "corpus", m), cfg.max_tokens)
+        split = len(pieces) - min(cfg.valid_limit, -(-len(pieces) // 50))  # the last pieces validate
+        if split == 0:
+            raise UserError(f"--data={cfg.data}: {len(pieces)} piece of {cfg.max_tokens} tokens is too little to train "
+                            "on and to validate with")
+        train, valid = pieces[:split], pieces[split:]
+    else:
+        lengths = cfg.max_prompt_tokens, cfg.max_tokens
+        train = data.load_examples(cfg.data, "train", tokenizer, *lengths, m.say)
+        valid = data.load_examples(cfg.valid_data or cfg.data, "valid", tokenizer, *lengths, m.say)[: cfg.valid_limit]
+    if is_shape(cfg.model):
+        model = new(new_config(cfg.model, tokenizer), cfg.seed).to(m.device)
+    else:
+        model = load(cfg.model, m.device)
+    if cfg.dropout is not None:
+        model.set_dropout(cfg.dropout)
+    teacher = frozen(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
+    same_vocabulary(model, teacher)
+
+    # 3 how long and how fast
+    updates, evals, lr = schedule(cfg, model.config, len(train))
+    eval_steps = {round(updates * (n + 1) / evals) for n in range(evals)}
+    optimizer, scaler = optimizer_of(model, m, (0.9, 0.999), cfg.weight_decay)
+    step, best = load_state(out, model, optimizer, scaler, m)
+    m.say(f"{out}: {cfg.model}, {model.config.parameters:,} parameters, {updates:,} updates of {cfg.batch_size} at "
+          f"{lr:g}, on {m.device} in {str(m.dtype)[6:]}" + f", from update {step} on" * (step > 0))
+    began, first = time.perf_counter(), step
+
+    while step < updates:
+        # 4 one update
+        model.train()
+        torch.manual_seed(hash((cfg.seed, step, m.rank)) % 2**63)  # of dropout
+        batch = [train[i] for i in data.picks(step * cfg.batch_size, cfg.batch_size, len(train), cfg.seed)]
+        count = sum(len(e.response) for e in batch)  # of the whole batch, whoever works on it
+        batch = sorted(batch, key=lambda e: -len(e.prompt) - len(e.response))[m.rank :: m.world]
+        totals = torch.zeros(2, device=m.device)
+        for at in range(0, len(batch), cfg.micro_batch):
+            micro = batch[at : at + cfg.micro_batch]
+            gold, loss = answer_loss(model, micro, m, teacher, cfg.kd_ratio, cfg.vocab_chunk)
+            scaler.scale(loss / count).backward()
+            totals += torch.stack([gold, loss.detach()]) / count
+        m.sum(totals)
+        rate = cfg.lr_end + (lr - cfg.lr_end) * (1 + math.cos(math.pi * step / updates)) / 2
+        try:
+            norm = apply_update(model, optimizer, scaler, m, rate, cfg.grad_clip)
+        except UserError as error:
+            raise UserError(f"{out}: stopped at update {step + 1}: {error}, the loss {totals[1].item():g}") from None
+        step += 1
+        line = {"step": step, "loss": totals[1].item(), "gold_loss": totals[0].item(), "lr": rate, "grad_norm": norm}
+
+        # 5 validate, keep the best, save
+        if step in eval_steps:
+            line["valid"], _ = validate(model.eval(), tokenizer, valid, m, cfg, teacher)
+            best = keep_best(model, tokenizer, out, m, cfg.select, line["valid"] | {"step": step}, best)
+        log(out, m, line)
+        if step in eval_steps and m.rank == 0:
+            save_state(out, model, optimizer, scaler, step, best)
+        if step % cfg.log_every == 0 or step in eval_steps:
+            left = (time.perf_counter() - began) / (step - first) * (updates - step)
+            shown = "".join(f"  {name} {value:.3f}" for name, value in line.get("valid", {}).items()
+                            if name in ("loss", "rouge_l", "reverse_kl", "valid"))
+            m.say(f"{out.name} {step}/{updates}  loss {line['loss']:.3f}  norm {norm:.2f}  lr {rate:.1e}  "
+                  f"left {clock(left)}" + f"  | validation:{shown}" * bool(shown))
+    return finish(out, m, {"updates": updates, "lr": lr, "best": best})
+
+
+def same_vocabulary(student: GPT, teacher: GPT | None) -> None:
+    if teacher and teacher.config.vocab_size != student.config.vocab_size:
+        raise UserError(f"the teacher has {teacher.config.vocab_size:,} tokens and the student "
+                        f"{student.config.vocab_size:,}: distillation needs one vocabulary")
+
+
+if __name__ == "__main__":
+    run(main, Config, presets)
