@@ -1,0 +1,470 @@
+"""MiniLLM: a student q learns from a teacher p by reverse KL and policy gradient.
+
+Paper:    arXiv 2306.08543v4, Section 2: Eqs. (1) to (7), but for (4), which is sample.py's; and Algorithm 1, which is
+          distil() below, its phase 1 in teacher.py. Where the paper is not followed to the letter a line says "not".
+Run:      python distill.py                           the built-in world: no network, no GPU, about two minutes
+          python distill.py --teacher=gpt2-xl         the paper's world, every stage, beginning with the released GPT-2
+          python distill.py --teacher=MiniLLM/teacher-gpt2-1.5B --student=MiniLLM/init-gpt2-120M       phase 2 alone
+Shapes:   B answers, b of a micro-batch, T response tokens, N response tokens of several rows, D width, V vocabulary.
+Left out: a critic, a KL to the initial student, an entropy bonus (the paper has none); ZeRO, tensor parallelism.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import eval as evaluation
+import plan as planning
+import sample as sampling
+import teacher as supervised
+from config import Machine, UserError, check, clock, flag, machine, make, read_json, run, write_json, write_lines
+from model import GPT, by_chunks, frozen, is_shape, load, predicting
+from sample import Rollout, sample, taken, uniforms
+
+# ---- the equations, in the paper's order ----------------------------------------------------------------------------
+# Tensors in, tensors out. A sequence ends by its mask; entries of (B, T) tensors outside of it are 0.
+
+
+def reverse_kl(student_logp_vocab: Tensor, teacher_logp_vocab: Tensor) -> Tensor:
+    """KL[q || p] at each position: Eq. (1) for one token, and -E_{y_t ~ q}[r_t], the single step of Eq. (3).
+    (..., V) -> (...)"""
+    return (student_logp_vocab.exp() * (student_logp_vocab - teacher_logp_vocab)).sum(-1)  # Eq. (1)
+
+
+def token_reward(teacher_logp: Tensor, student_logp: Tensor, scale: float = 1.0, clip: float = math.inf) -> Tensor:
+    """r_t = log p(y_t | y_<t, x) - log q(y_t | y_<t, x), of Eq. (2). (B, T). The paper neither scales nor clips it."""
+    return ((teacher_logp - student_logp) * scale).clamp(-clip, clip)  # Eq. (2)
+
+
+def future_reward(reward: Tensor, response_mask: Tensor, gamma: float = 1.0, length_norm: bool = True,
+                  return_from: str = "next") -> Tensor:
+    """R_{t+1}, or R_t if return_from is "current"; with length_norm divided by the number of its rewards. (B, T)
+
+    gamma weighs r_{t'} by gamma^(t'-t); the paper has none. After the last token nothing comes, and R is 0."""
+    R, total = torch.zeros_like(reward), torch.zeros_like(reward[:, 0])
+    for t in reversed(range(reward.size(1))):
+        total = reward[:, t] + gamma * total  # R_t
+        R[:, t] = total if return_from == "current" else total - reward[:, t]
+    remaining = response_mask.flip(1).cumsum(1).flip(1)  # T - t + 1: tokens from t to the end
+    terms = remaining if return_from == "current" else remaining - 1
+    if length_norm:  # not T - t - 1 as printed: R_{t+1} sums T - t rewards, and T - t - 1 is 0 at t = T - 1
+        R = R / terms.clamp(min=1)  # Eq. (6)
+    return R * response_mask
+
+
+def importance_weights(student_logp: Tensor, mixed_logp: Tensor, response_mask: Tensor,
+                       kind: str) -> tuple[Tensor, Tensor]:
+    """Weights of tokens drawn from p~ instead of q: on the single step, and on the long term besides its ratio. (B, T)
+
+    per_token: w_t = q(y_t) / p~(y_t), by which the paper replaces the product, to tame its variance; biased.
+    product: prod_{t'<=t}, Eq. (5) as printed. Exact for the single step; biased for the long term, as R_{t+1} is made
+    of tokens after t, and they were drawn from p~ too.
+    exact: the single step is weighted by what led to it, prod_{t'<t}, the long term by the whole answer.
+    none: as if the tokens were q's own."""
+    log_w = ((student_logp - mixed_logp) * response_mask).detach()  # (B, T)
+    upto, one = log_w.cumsum(1), torch.ones_like(log_w)
+    if kind == "none":
+        return one, one
+    if kind == "per_token":
+        return log_w.exp(), one  # Eq. (5), w_t approximated
+    if kind == "product":
+        return upto.exp(), (upto - log_w).exp()  # Eq. (5), w_t as printed
+    return (upto - log_w).exp(), (upto[:, -1:] - log_w).exp()  # not Eq. (5)
+
+
+def whiten(values: Tensor, response_mask: Tensor, kind: str) -> Tensor:
+    """To mean 0 and variance 1 over the response positions ("responses") or, as the released code, over all positions
+    of the array, zeros of the padding included ("all"). (B, T) -> (B, T). The paper has none."""
+    if kind == "none":
+        return values
+    counted = values if kind == "all" else values[response_mask]
+    return (values - counted.mean()) * torch.rsqrt(counted.var(correction=0) + 1e-8) * response_mask
+
+
+def single_step_loss(kl: Tensor, weight: Tensor) -> Tensor:
+    """L_Single at each position; its gradient is (grad L)_Single of Eqs. (3), (5) and (7). (B, T)"""
+    return weight * kl  # Eqs. (3), (5), (7)
+
+
+def long_term_loss(student_logp: Tensor, behaviour_logp: Tensor, R: Tensor, weight: Tensor,
+                   clip_eps: float) -> tuple[Tensor, Tensor]:
+    """L_Long at each position, as Algorithm 1 clips it, and where the clipping bites. (B, T)
+
+    The ratio q(y_t) / p~(y_t) is w_t of Eq. (5) and rho_t of Algorithm 1 in one: its gradient is w_t grad log q.
+    Not min(rho, clip(rho)) R as printed, which forgets that R may be negative, but PPO's lower bound."""
+    ratio, advantage = (student_logp - behaviour_logp).exp(), R * weight
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    return -torch.minimum(ratio * advantage, clipped * advantage), (clipped - ratio) * advantage < 0  # Alg. 1
+
+
+def minillm_loss(student_logp: Tensor, kl: Tensor, old_logp: Tensor, mixed_logp: Tensor, R: Tensor,
+                 response_mask: Tensor, weight: str = "per_token", weight_single: bool = True,
+                 clip_eps: float = 0.2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Eq. (7) at each position: L_Single, L_Long, the weight w_t, and where the clipping bites. (B, T) each.
+
+    student_logp (of the taken token) and kl (from reverse_kl) carry the gradient; old_logp and mixed_logp are log q and
+    log p~ as of sampling; R comes from future_reward."""
+    of_single, of_long = importance_weights(student_logp, mixed_logp, response_mask, weight)
+    loss_single = single_step_loss(kl, of_single if weight_single else torch.ones_like(of_single))
+    behaviour_logp = old_logp if weight == "none" else mixed_logp
+    loss_long, clipped = long_term_loss(student_logp, behaviour_logp, R, of_long, clip_eps)
+    mask = response_mask
+    return loss_single * mask, loss_long * mask, of_single * mask, clipped & mask  # Eq. (7)
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Config:
+    preset: Literal["tiny", "paper"] = flag("tiny", "built-in world, or the paper's; --teacher implies paper")
+    recipe: Literal["paper", "official"] = flag("paper", "what the paper says, or what the released code computes")
+    teacher: str = flag("2x4x96", "p: a folder, gpt2 ... gpt2-xl, OWNER/NAME, or LAYERSxHEADSxWIDTH for a new one")
+    student: str = flag("1x2x12", "q: likewise")
+    data: str = flag("tiny", "instructions, D: tiny, dolly or FILE.jsonl")
+    corpus: str = flag("tiny-text", "plain text, D_PT: tiny-text, openwebtext, FILE.txt or a folder of them")
+    out: str = flag("out/tiny", "folder of all stages")
+    baselines: str = flag("sft,kd,seqkd", "train these too, of sft, kd and seqkd; empty for none")
+    finetune_teacher: Literal["auto", "yes", "no"] = flag("auto", "fine-tune p on D first; auto: if new or as released")
+    init_student: Literal["auto", "yes", "no"] = flag("auto", "phase 1 of Algorithm 1 first; auto: likewise")
+    plan: bool = flag(False, "print what would be done, its memory and time, and stop")
+    ignore_memory: bool = flag(False, "go on though the plan finds too little memory")
+    resume: bool = flag(False, "go on with an unfinished run")
+    # Algorithm 1
+    steps: int = flag(640, "updates of phase 2")
+    lr: float = flag(4e-3, "learning rate, eta")
+    warmup_steps: int = flag(20, "updates over which it rises; it is constant afterwards")
+    rollouts: int = flag(256, "answers sampled at a time")
+    minibatch: int = flag(64, "answers of an update, and pieces of D_PT")
+    inner_epochs: int = flag(4, "passes over the answers sampled")
+    mix_alpha: float = flag(0.2, "teacher's share in sampling, alpha of Eq. (4)")
+    single_step: bool = flag(True, "L_Single of Eq. (3); without it the gradient is Eq. (2), whose return holds r_t")
+    long_term: bool = flag(True, "L_Long of Eq. (3)")
+    weight: Literal["per_token", "product", "exact", "none"] = flag("per_token", "importance weights, w_t of Eq. (5)")
+    weight_single: bool = flag(True, "weigh L_Single too")
+    length_norm: bool = flag(True, "Eq. (6)")
+    return_from: Literal["next", "current"] = flag("next", "R_{t+1} or R_t")
+    gamma: float = flag(1.0, "discount of the return")
+    reward_scale: float = flag(1.0, "factor on r_t")
+    reward_clip: float = flag(math.inf, "largest |r_t| once scaled")
+    whiten: Literal["none", "responses", "all"] = flag("none", "whiten R over response positions, or padding too")
+    clip_eps: float = flag(0.2, "epsilon of Algorithm 1's clipping; inf for none")
+    normalize: Literal["sequence", "token"] = flag("sequence", "mean over sequences of sums, or mean over tokens")
+    pt_coef: float = flag(0.1, "factor on L_PT; the paper's is 1, but its student knows D_PT beforehand")
+    pt_kd: float = flag(0.0, "share of KL[p || q] in L_PT")
+    grad_clip: float = flag(1.0, "largest norm of the gradient")
+    weight_decay: float = flag(1e-6, "of AdamW")
+    # lengths, validation, machine
+    max_prompt_tokens: int = flag(16, "longer prompts are dropped")
+    max_tokens: int = flag(44, "prompt and answer; answers have max_tokens - max_prompt_tokens at most")
+    eval_every: int = flag(160, "updates between validations, in whole collections of answers")
+    valid_limit: int = flag(200, "validation rows used")
+    select: Literal["rouge_l", "loss", "last"] = flag("last", "validation that picks the weights to keep")
+    eval_seeds: int = flag(5, "seeds of the final evaluation")
+    micro_batch: int = flag(64, "answers of a forward pass; changes memory and speed only")
+    sample_batch: int = flag(256, "answers decoded together; likewise")
+    vocab_chunk: int = flag(1024, "positions whose logits exist at a time; likewise")
+    seed: int = flag(1, "of prompts, draws, order and new weights")
+    log_every: int = flag(32, "updates between printed lines; log.jsonl has them all")
+    device: str = flag("auto", "cpu, cuda, cuda:1 ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("float32", "what autocast computes in")
+
+    def __post_init__(self):
+        check(self, steps=(1, 10**9), lr=(0, 10), warmup_steps=(0, 10**9), rollouts=(1, 10**6), minibatch=(1, 10**6),
+              inner_epochs=(1, 1000), mix_alpha=(0, 1), gamma=(0, 1), reward_scale=(1e-9, 1e9), clip_eps=(0, math.inf),
+              reward_clip=(1e-9, math.inf), pt_coef=(0, 1e9), pt_kd=(0, 1), grad_clip=(1e-9, math.inf),
+              weight_decay=(0, 10), max_prompt_tokens=(1, 1022), max_tokens=(2, 1024), eval_every=(1, 10**9),
+              valid_limit=(1, 10**9), eval_seeds=(1, 1000), micro_batch=(1, 10**6), sample_batch=(1, 10**6),
+              vocab_chunk=(1, 10**9), seed=(0, 2**62), log_every=(1, 10**9))
+        if self.rollouts % self.minibatch:
+            raise UserError(f"--rollouts={self.rollouts} is not a multiple of --minibatch={self.minibatch}")
+        if self.max_prompt_tokens >= self.max_tokens:
+            raise UserError(f"--max_prompt_tokens={self.max_prompt_tokens} leaves no room for an answer in "
+                            f"--max_tokens={self.max_tokens}")
+        if not (self.single_step or self.long_term or self.pt_coef):
+            raise UserError("--single_step=False, --long_term=False and --pt_coef=0 leave nothing to learn from")
+        for name in self.baselines.split(",") if self.baselines else []:
+            if name not in ("sft", "kd", "seqkd"):
+                raise UserError(f"--baselines={self.baselines}: {name!r} is none of sft, kd and seqkd")
+
+
+# Appendix B.1; warm-up, weight decay and betas are the released scripts', for the paper does not name them.
+PAPER = dict(teacher="gpt2-xl", student="gpt2", data="dolly", corpus="openwebtext", baselines="", steps=5000, lr=5e-6,
+             warmup_steps=100, pt_coef=1.0, max_prompt_tokens=256, max_tokens=512, eval_every=320, valid_limit=1000,
+             select="rouge_l", micro_batch=8, sample_batch=64, log_every=1, dtype="auto")
+# What the released code computes; README, "Where we differ".
+OFFICIAL = dict(gamma=0.95, return_from="current", whiten="all", reward_scale=2.0, reward_clip=100.0,
+                weight_single=False, normalize="token", pt_kd=0.5)
+# The supervised stages of the built-in world. One of very many right answers is the reference there, and Rouge-L with
+# it is chance: the last weights are kept.
+TINY = dict(batch_size=64, micro_batch=64, log_every=200)
+TINY_TEACHER = TINY | dict(updates=800, lr=6e-3, batch_size=32, select="last", evals=1)
+TINY_INIT = TINY | dict(updates=1000, lr=1.2e-2, evals=4)
+TINY_BASELINE = TINY | dict(lr=6e-3, select="last", evals=4)
+FREE = {"resume", "device", "log_every", "micro_batch", "sample_batch", "vocab_chunk", "out", "plan", "ignore_memory",
+        "baselines", "eval_seeds"}  # flags that do not change what phase 2 learns
+
+
+def presets(given: dict) -> dict:
+    """What --preset, --recipe and --teacher imply; flags given win."""
+    preset = given.get("preset", "paper" if "teacher" in given else "tiny")
+    implied = {"preset": preset} | (PAPER if preset == "paper" else {})
+    implied |= OFFICIAL if given.get("recipe") == "official" else {}
+    if preset == "paper":
+        names = (Path(given.get(role, PAPER[role])).name for role in ("teacher", "student"))
+        implied["out"] = "out/" + "-to-".join(names)
+    if not given.get("single_step", True):
+        implied["return_from"] = "current"  # Eq. (2): nothing else would count r_t
+    return implied
+
+
+# ---- Algorithm 1, phase 2 -------------------------------------------------------------------------------------------
+
+def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], m: Machine,
+          chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """log q(y_t) and KL[q || p] with their gradients, and the mask, of some rows of a rollout: (b, T) each.
+
+    One pass of the student. The teacher's hidden states were kept, so it costs its output embedding and no layer."""
+    prompts, answers = [rollout.prompts[r] for r in rows], [rollout.answers[r] for r in rows]
+    tokens, response, mask = data.pad_right(prompts, answers, m.device)  # (b, S), (b, T), (b, T)
+    teacher_hidden = rollout.teacher_hidden[rows, : mask.size(1)][mask]  # (N, D)
+
+    def terms(hidden: Tensor, y: Tensor, teacher_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        log_q = student.logits(hidden, head).log_softmax(-1)  # (chunk, V)
+        log_p = teacher.logits(teacher_hidden).log_softmax(-1)
+        return taken(log_q, y), reverse_kl(log_q, log_p)
+
+    with m.autocast():
+        hidden, head = predicting(student(tokens), [len(p) for p in prompts], mask), student.head()  # (N, D)
+        student_logp, kl = by_chunks(terms, chunk, hidden, response[mask], teacher_hidden)  # (N,) each
+    zeros = torch.zeros(mask.shape, device=m.device)
+    return zeros.masked_scatter(mask, student_logp), zeros.masked_scatter(mask, kl), mask
+
+
+def minibatches(rollouts: int, minibatch: int, seed: tuple[int, ...]) -> list[list[int]]:
+    """One inner epoch: every answer once, and in each minibatch one of every column i % minibatch. A process owns
+    columns, so it has its share of each minibatch, and the minibatches are the same for any number of processes."""
+    columns = np.arange(rollouts).reshape(-1, minibatch)
+    return np.random.default_rng(seed).permuted(columns, axis=0).tolist()
+
+
+def distil(cfg: Config) -> dict:
+    """Phase 2: the student, phase 1 behind it, learns from the teacher. The result is a model folder, OUT/minillm."""
+    m, out = machine(cfg.device, cfg.dtype), Path(cfg.out) / "minillm"
+
+    # 1 what is there already
+    if supervised.begin(out, cfg, FREE, m):
+        return read_json(out / "results.json")
+
+    # 2 the student q and the teacher p, the instructions D and the plain text D_PT
+    tokenizer, limits = data.load_tokenizer(cfg.student), (cfg.max_prompt_tokens, cfg.max_tokens)
+    instructions = data.load_examples(cfg.data, "train", tokenizer, *limits, m.say)
+    valid = data.load_examples(cfg.data, "valid", tokenizer, *limits, m.say)[: cfg.valid_limit]
+    corpus = data.load_corpus(cfg.corpus, tokenizer, out.parent / "corpus", m) if cfg.pt_coef else None
+    corpus = data.Pieces(corpus, cfg.max_tokens) if cfg.pt_coef else []
+    student, teacher = load(cfg.student, m.device), frozen(load(cfg.teacher, m.device), m.dtype)
+    supervised.same_vocabulary(student, teacher)
+    optimizer, scaler = supervised.optimizer_of(student, m, (0.9, 0.95), cfg.weight_decay)
+    step, best = supervised.load_state(out, student, optimizer, scaler, m)
+    answer_tokens = cfg.max_tokens - cfg.max_prompt_tokens
+    mine = [i for i in range(cfg.rollouts) if i % cfg.minibatch % m.world == m.rank]  # the answers of this process
+    place = {i: n for n, i in enumerate(mine)}
+    began, first, validated = time.perf_counter(), step, step - (step == 0)
+
+    while True:
+        # 3 validate, keep the best, save
+        if validated // cfg.eval_every < step // cfg.eval_every or step == cfg.steps:
+            scores, answers = supervised.validate(student, tokenizer, valid, m, cfg, teacher)
+            supervised.log(out, m, {"step": step, "valid": scores})
+            shown = "".join(f"  {name} {value:.2f}" for name, value in scores.items())
+            m.say(f"minillm {step}/{cfg.steps}  | validation:{shown}")
+            for answer in answers[:3]:
+                text = f"{answer['instruction']} {answer['input']} -> {answer['answer']}"
+                m.say(f"    {' '.join(text.split())[:112]}")
+            best = supervised.keep_best(student, tokenizer, out, m, cfg.select, scores | {"step": step}, best)
+            validated = step
+            if m.rank == 0:
+                write_lines(out / "samples.jsonl", answers)
+                supervised.save_state(out, student, optimizer, scaler, step, best)
+        if step == cfg.steps:
+            break
+
+        # 4 sample answers from the mixture p~: S of Algorithm 1
+        started, collection = time.perf_counter(), step * cfg.minibatch // (cfg.rollouts * cfg.inner_epochs)
+        first_answer = collection * cfg.rollouts
+        chosen = data.picks(first_answer, cfg.rollouts, len(instructions), cfg.seed)
+        rollout = sample(frozen(student, m.dtype), [instructions[chosen[i]].prompt for i in mine],
+                         uniforms(cfg.seed, [first_answer + i for i in mine], answer_tokens), m, teacher, cfg.mix_alpha,
+                         cfg.sample_batch, keep_hidden=True)
+
+        # 5 the reward of each token and of what follows it, known to every process
+        r = token_reward(rollout.teacher_logp, rollout.student_logp, cfg.reward_scale, cfg.reward_clip)  # Eq. (2)
+        reward, R, mask, ended = torch.zeros(4, cfg.rollouts, answer_tokens, device=m.device)  # (rollouts, T) each
+        reward[mine], mask[mine] = r * rollout.response_mask, rollout.response_mask.float()
+        R[mine] = future_reward(reward[mine], rollout.response_mask, cfg.gamma, cfg.length_norm, cfg.return_from)
+        ended[mine, 0] = rollout.ended.float()
+        m.sum(reward, R, mask, ended)
+        lengths, mask = mask.sum(1).tolist(), mask.bool()
+        sample_seconds = time.perf_counter() - started
+
+        # 6 inner epochs over the answers
+        seeds = [(cfg.seed, collection, epoch) for epoch in range(cfg.inner_epochs)]
+        batches = [batch for seed in seeds for batch in minibatches(cfg.rollouts, cfg.minibatch, seed)]
+        for number, batch in enumerate(batches[: cfg.steps - step]):
+            started, tokens, advantage = time.perf_counter(), sum(lengths[i] for i in batch), torch.zeros_like(R)
+            advantage[batch] = whiten(R[batch], mask[batch], cfg.whiten)
+            advantage = advantage[mine]
+            # one normaliser for the whole minibatch, however it is split: M of Algorithm 1, or the number of tokens
+            by_token = cfg.normalize == "token"
+            divisor = tokens if by_token else cfg.minibatch
+            pt_divisor = cfg.minibatch * (corpus.length - 1 if by_token and corpus else 1)
+            names = ("loss_single", "loss_long", "loss_pt", "reverse_kl", "weight", "clipped", "gap")
+            sums, weight_max = dict.fromkeys(names, 0.0), torch.zeros((), device=m.device)
+            rows = sorted((i for i in batch if i in place), key=lambda i: -lengths[i])
+            for at in range(0, len(rows), cfg.micro_batch):
+                micro = [place[i] for i in rows[at : at + cfg.micro_batch]]
+                student_logp, kl, micro_mask = score(student, teacher, rollout, micro, m, cfg.vocab_chunk)  # (b, T)
+                cut = slice(micro_mask.size(1))
+                old_logp, mixed_logp = rollout.student_logp[micro, cut], rollout.mixed_logp[micro, cut]
+                loss_single, loss_long, weight, clipped = minillm_loss(
+                    student_logp, kl, old_logp, mixed_logp, advantage[micro, cut], micro_mask, cfg.weight,
+                    cfg.weight_single, cfg.clip_eps)  # Eq. (7)
+                loss = (cfg.single_step * loss_single + cfg.long_term * loss_long).sum() / divisor
+                scaler.scale(loss).backward()
+                gap = (student_logp - old_logp).abs()
+                for name, values in zip(names, (loss_single, loss_long, None, kl, weight, clipped, gap)):
+                    sums[name] = sums[name] + (0.0 if values is None else values.detach().sum())
+                weight_max = torch.maximum(weight_max, weight.max())
+            pieces = data.picks(step * cfg.minibatch, cfg.minibatch, len(corpus), cfg.seed) if corpus else []
+            pieces = pieces[m.rank :: m.world]
+            for at in range(0, len(pieces), cfg.micro_batch):
+                micro = [corpus[i] for i in pieces[at : at + cfg.micro_batch]]
+                judge = teacher if cfg.pt_kd else None
+                _, loss = supervised.answer_loss(student, micro, m, judge, cfg.pt_kd, cfg.vocab_chunk)  # L_PT
+                scaler.scale(cfg.pt_coef * loss / pt_divisor).backward()
+                sums["loss_pt"] = sums["loss_pt"] + loss.detach()
+            totals = torch.stack([torch.as_tensor(value, device=m.device).float() for value in sums.values()])
+            m.sum(totals)
+            m.max(weight_max)
+            sums = dict(zip(names, totals.tolist()))
+            for name in names[:3]:
+                if not math.isfinite(sums[name]):
+                    raise UserError(f"{out}: stopped at update {step + 1}: {name} is {sums[name]}")
+            lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+            norm = supervised.apply_update(student, optimizer, scaler, m, lr, cfg.grad_clip)
+            step += 1
+
+            # 7 log: each figure is a mean over the whole update
+            line = {"step": step, "loss_single": sums["loss_single"] / divisor,
+                    "loss_long": sums["loss_long"] / divisor, "loss_pt": sums["loss_pt"] / pt_divisor,
+                    "reverse_kl": sums["reverse_kl"] / cfg.minibatch,
+                    "reward": reward[batch].sum().item() / cfg.minibatch, "weight_mean": sums["weight"] / tokens,
+                    "weight_max": weight_max.item(), "clip_fraction": sums["clipped"] / tokens,
+                    "response_tokens": tokens / cfg.minibatch, "ended_fraction": ended[batch, 0].mean().item(),
+                    "logp_gap": sums["gap"] / tokens if number == 0 else None, "grad_norm": norm, "lr": lr,
+                    "sample_seconds": sample_seconds if number == 0 else 0.0,
+                    "update_seconds": time.perf_counter() - started}
+            supervised.log(out, m, line)
+            if step % cfg.log_every == 0:
+                left = (time.perf_counter() - began) / (step - first) * (cfg.steps - step)
+                m.say(f"minillm {step}/{cfg.steps}  reverse_kl {line['reverse_kl']:.3f}  reward {line['reward']:.3f}  "
+                      f"loss_pt {line['loss_pt']:.3f}  clip {line['clip_fraction']:.3f}  tokens "
+                      f"{line['response_tokens']:.1f}  norm {norm:.2f}  left {clock(left)}")
+    return supervised.finish(out, m, {"best": best})
+
+
+# ---- all stages -----------------------------------------------------------------------------------------------------
+
+AS_RELEASED = {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"}
+
+
+def is_raw(name: str, choice: str) -> bool:
+    """Whether a model has yet to learn to follow instructions: a new one, or GPT-2 as it was released."""
+    return choice == "yes" or (choice == "auto" and (is_shape(name) or Path(name).name in AS_RELEASED))
+
+
+def stages(cfg: Config) -> tuple[list[tuple[str, Callable, object]], Config]:
+    """What comes before phase 2 and beside it, as (name, main, its Config); and cfg with the names of the results."""
+    out, tiny, work = Path(cfg.out), cfg.preset == "tiny", []
+    common = {name: getattr(cfg, name) for name in ("data", "max_prompt_tokens", "max_tokens", "valid_limit", "seed",
+                                                    "vocab_chunk", "resume", "device", "dtype")}
+
+    def train(name: str, **settings) -> str:
+        settings = common | {"out": str(out / name)} | settings
+        work.append((name, supervised.main, make(supervised.Config, settings, supervised.presets)))
+        return settings["out"]
+
+    teacher, student = cfg.teacher, cfg.student
+    if is_raw(teacher, cfg.finetune_teacher):
+        teacher = train("teacher", model=teacher, **TINY_TEACHER if tiny else {})
+    if is_raw(student, cfg.init_student):
+        student = train("init", model=student, select="loss", **TINY_INIT if tiny else dict(epochs=3))
+    # a baseline of the built-in world goes on from phase 1 for as many updates as MiniLLM; else it has its own recipe
+    baseline = dict(model=student, updates=cfg.steps, **TINY_BASELINE) if tiny else dict(model=cfg.student)
+    for name in cfg.baselines.split(",") if cfg.baselines else []:
+        if name == "sft":
+            train(name, **baseline)
+        elif name == "kd":
+            train(name, **baseline, teacher=teacher)
+        else:
+            answers = sampling.Config(
+                model=teacher, data=cfg.data, split="train", out=str(out / "answers.jsonl"), seed=cfg.seed,
+                max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_tokens - cfg.max_prompt_tokens,
+                batch_size=cfg.sample_batch, device=cfg.device, dtype=cfg.dtype)
+            work.append(("answers", answer_once, answers))
+            train(name, **baseline | dict(data=answers.out, valid_data=cfg.data))
+    return work, dataclasses.replace(cfg, teacher=teacher, student=student)
+
+
+def answer_once(cfg: sampling.Config) -> None:
+    if not Path(cfg.out).is_file():
+        sampling.main(cfg)
+
+
+def main(cfg: Config) -> list[dict]:
+    m, out = machine(cfg.device, cfg.dtype), Path(cfg.out)
+    what = f"{cfg.teacher} teaches {cfg.student} {cfg.data}, in {out}"
+    work, cfg = stages(cfg)
+    planning.show(planning.Draft(cfg, work, m).lines(), m, what, cfg.ignore_memory)
+    if cfg.plan:
+        return []
+    for name, stage, settings in work:
+        began = time.perf_counter()
+        stage(settings)
+        m.say(f"-- {name}: {clock(time.perf_counter() - began)}\n")
+    distil(cfg)
+
+    # every model that this run has made, on the test split
+    made = {"teacher": cfg.teacher, "init": cfg.student}
+    made |= {name: str(out / name) for name in ("sft", "kd", "seqkd", "minillm")
+             if (out / name / "results.json").is_file()}
+    rows = []
+    for method, model in made.items():
+        scores = evaluation.main(evaluation.Config(
+            model=model, data=cfg.data, teacher=cfg.teacher, seeds=cfg.eval_seeds, out=str(out / "test" / method),
+            max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_tokens - cfg.max_prompt_tokens,
+            batch_size=cfg.sample_batch, device=cfg.device, dtype=cfg.dtype))["scores"]
+        spread = {name: float(np.std(values, ddof=1)) for name, values in scores.items() if len(values) > 1}
+        means = {name: float(np.mean(values)) for name, values in scores.items()}
+        rows.append({"method": method} | means | {"std": spread})
+    if m.rank == 0:
+        write_json(out / "results.json", rows)
+    columns = ("valid", "distinct", "rouge_l", "reverse_kl", "forward_kl", "loss", "tokens")
+    columns = [name for name in columns if name in rows[0]]
+    m.say(f"\n{'method':10}" + "".join(f"{name:>12}" for name in columns))
+    for row in rows:
+        m.say(f"{row['method']:10}" + "".join(f"{row[name]:12.3f}" for name in columns))
+    m.say(f"written to {out / 'results.json'}; the student is {out / 'minillm'}")
+    return rows
+
+
+if __name__ == "__main__":
+    run(main, Config, presets)

@@ -1,0 +1,265 @@
+"""What a run will take: memory and time of each stage, from steps measured on this machine before anything is loaded.
+
+Paper:    none; arXiv 2306.08543v4 gives neither minutes nor gigabytes for GPT-2.
+Run:      python distill.py --teacher=gpt2-xl --plan
+Left out: the download; that answers end before they are of full length, so the time to decode is an upper bound.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import teacher as supervised
+from config import Machine, UserError, clock
+from data import Example, Row
+from model import GPT, GPTConfig, frozen, is_shape, new_config, read_config
+from sample import sample, uniforms
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a width costs. A layer is the difference between models of two layers and of one; the rest is output."""
+    layer: float  # seconds for one token, forward and backward
+    output: float  # seconds for one predicted token, likewise
+    layer_forward: float  # seconds for one token, forward only
+    layer_bytes: float  # activations of one token, kept for the backward pass
+    step_layer: float  # seconds of a decoding step
+    step_output: float
+    update_layer: float  # seconds of the optimizer
+    update_output: float
+
+    def train(self, layers: int, samples: float, tokens: float, predicted: float) -> float:
+        return samples * (tokens * layers * self.layer + predicted * self.output)
+
+    def judge(self, layers: int, samples: float, tokens: float, predicted: float) -> float:
+        """The teacher's forward pass; a third of the output's time, which is forward and twice backward."""
+        return samples * (tokens * layers * self.layer_forward + predicted * self.output / 3)
+
+    def step(self, layers: int) -> float:
+        return layers * self.step_layer + self.step_output
+
+    def update(self, layers: int) -> float:
+        return layers * self.update_layer + self.update_output
+
+
+def measure(config: GPTConfig, m: Machine, rows: int, prompt_tokens: int, answer_tokens: int, sample_batch: int,
+            chunk: int) -> Measured:
+    """Times training steps on `rows` samples and decoding steps of `sample_batch` rows: seconds, and the memory of two
+    layers."""
+    lengths = prompt_tokens, answer_tokens, sample_batch, chunk
+    one, two = (measure_layers(replace(config, n_layer=layers), m, rows, *lengths) for layers in (1, 2))
+    layer = [max(b - a, 0.0) for a, b in zip(one, two)]
+    rest = [max(2 * a - b, 0.0) for a, b in zip(one, two)]
+    tokens = rows * (prompt_tokens + answer_tokens)
+    return Measured(layer[0] / tokens, rest[0] / (rows * answer_tokens), layer[1] / tokens, layer[2] / tokens,
+                    layer[3], rest[3], layer[4], rest[4])
+
+
+def measure_layers(config: GPTConfig, m: Machine, rows: int, prompt_tokens: int, answer_tokens: int, sample_batch: int,
+                   chunk: int) -> list[float]:
+    """Seconds of forward and backward, of forward alone, bytes of activations, seconds of a decoding step, of AdamW."""
+    draw = lambda count: np.random.default_rng(0).integers(0, config.vocab_size, count).tolist()
+    batch = [Example(Row(""), draw(prompt_tokens), draw(answer_tokens))] * rows
+    text = torch.tensor([draw(prompt_tokens + answer_tokens)] * rows, device=m.device)
+    model = GPT(config).to(m.device)
+    light, (optimizer, scaler) = frozen(model, m.dtype), supervised.optimizer_of(model, m, (0.9, 0.95), 0.0)
+    alone, steps, kept = replace(m, rank=0, world=1), 4, {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def train() -> None:
+        supervised.answer_loss(model, batch, m, None, 0.0, chunk)[1].backward()
+
+    @torch.no_grad()
+    def forward() -> None:
+        with m.autocast():
+            light(text)
+
+    decode = lambda length: sample(light, [draw(8)] * sample_batch, uniforms(0, range(sample_batch), length), alone)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        train()
+    for p in model.parameters():  # counted by themselves
+        kept.pop(p.untyped_storage().data_ptr(), None)
+    prefill = seconds(m, lambda: decode(1))
+    return [seconds(m, train), seconds(m, forward), sum(kept.values()),
+            (seconds(m, lambda: decode(1 + steps)) - prefill) / steps,
+            seconds(m, lambda: supervised.apply_update(model, optimizer, scaler, alone, 0.0, 1.0))]
+
+
+def seconds(m: Machine, function: Callable) -> float:
+    """The shorter of two runs."""
+    times = []
+    for _ in range(2):
+        began = time.perf_counter()
+        function()
+        if m.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def free_memory(m: Machine) -> int:
+    """Bytes that can still be allocated on the device."""
+    if m.device.type == "cuda":
+        return torch.cuda.mem_get_info(m.device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except OSError:  # not Linux: all the memory there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# ---- bytes ----------------------------------------------------------------------------------------------------------
+
+def frozen_bytes(config: GPTConfig, m: Machine) -> int:
+    """A model for inference: matrices and output embedding in autocast's dtype, the rest in float32."""
+    if m.dtype == torch.float32:
+        return 4 * config.parameters
+    embeddings = (config.vocab_size + config.n_positions) * config.n_embd
+    return 2 * (config.parameters - embeddings) + 4 * embeddings + 2 * config.vocab_size * config.n_embd
+
+
+def update_bytes(config: GPTConfig, cost: Measured, micro_batch: int, tokens: int, chunk: int) -> float:
+    """Activations of a micro-batch of the longest samples, and five copies of one chunk's logits."""
+    positions = micro_batch * tokens
+    return positions * config.n_layer * cost.layer_bytes + 5 * 4 * min(chunk, positions) * config.vocab_size
+
+
+def decode_bytes(configs: list[GPTConfig], m: Machine, rows: int, tokens: int) -> float:
+    """Caches, and for each row float32 log-probabilities and a float64 distribution function over the vocabulary."""
+    caches = sum(2 * config.n_layer * config.n_embd * rows * tokens * m.dtype.itemsize for config in configs)
+    return caches + 40 * rows * configs[0].vocab_size
+
+
+# ---- stages ---------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Line:
+    stage: str
+    what: str
+    updates: int
+    bytes: float
+    seconds: float
+
+
+class Draft:
+    """The plan of a run: shapes of models that may not exist yet, lengths of the data, measured costs.
+
+    cfg is distill.py's, work what its stages() returned."""
+
+    def __init__(self, cfg, work: list, m: Machine):
+        self.cfg, self.work, self.m, self.costs = cfg, work, m, {}
+        self.origin = {settings.out: settings.model for _, _, settings in work}
+        first = self.root(cfg.student)
+        self.tokenizer = data.tokenizer_for(cfg.data) if is_shape(first) else data.load_tokenizer(first)
+        examples = data.load_examples(cfg.data, "train", self.tokenizer, cfg.max_prompt_tokens, cfg.max_tokens,
+                                      lambda *words: None)
+        self.rows, self.longest = len(examples), cfg.max_tokens - cfg.max_prompt_tokens
+        self.answer_tokens = sum(len(e.response) for e in examples) / self.rows
+        self.tokens = self.answer_tokens + sum(len(e.prompt) for e in examples) / self.rows
+
+    def root(self, name: str) -> str:
+        """The model from which a stage's result comes."""
+        while name in self.origin:
+            name = self.origin[name]
+        return name
+
+    def shape(self, name: str) -> tuple[GPTConfig, Measured]:
+        name, cfg = self.root(name), self.cfg
+        config = new_config(name, self.tokenizer) if is_shape(name) else read_config(name)
+        if config.n_embd not in self.costs:
+            slow = self.m.device.type == "cpu" and config.n_embd > 256
+            self.costs[config.n_embd] = measure(
+                config, self.m, min(cfg.micro_batch, 2) if slow else cfg.micro_batch,
+                round(self.tokens - self.answer_tokens), round(self.answer_tokens), cfg.sample_batch, cfg.vocab_chunk)
+        return config, self.costs[config.n_embd]
+
+    def decode(self, names: list[str], answers: float) -> float:
+        """Seconds to decode answers of full length with these models together."""
+        steps = answers / self.cfg.sample_batch * self.longest / self.m.world
+        return steps * sum(cost.step(config.n_layer) for config, cost in map(self.shape, names))
+
+    def supervised(self, name: str, s: supervised.Config) -> Line:
+        config, cost = self.shape(s.model)
+        updates, evals, lr = supervised.schedule(s, config, self.rows)
+        samples = updates * s.batch_size / self.m.world
+        time = cost.train(config.n_layer, samples, self.tokens, self.answer_tokens)
+        time += updates * cost.update(config.n_layer)
+        time += evals * self.decode([s.model, s.teacher] if s.teacher else [s.model], min(s.valid_limit, self.rows))
+        size = 16 * config.parameters + update_bytes(config, cost, s.micro_batch, s.max_tokens, s.vocab_chunk)
+        if s.teacher:
+            judge, judge_cost = self.shape(s.teacher)
+            time += judge_cost.judge(judge.n_layer, samples, self.tokens, self.answer_tokens)
+            size += frozen_bytes(judge, self.m)
+        return Line(name, f"{s.model} on {s.data} at {lr:g}", updates, size, time)
+
+    def sampling(self, name: str, s) -> Line:
+        config, _ = self.shape(s.model)
+        size = 4 * config.parameters + frozen_bytes(config, self.m)
+        size += decode_bytes([config], self.m, s.batch_size, self.cfg.max_tokens)
+        what = f"the teacher answers each of {self.rows:,} prompts"
+        return Line(name, what, 0, size, self.decode([s.model], self.rows))
+
+    def minillm(self) -> Line:
+        cfg, m = self.cfg, self.m
+        (student, cost), (judge, judge_cost) = self.shape(cfg.student), self.shape(cfg.teacher)
+        answers, samples = cfg.steps * cfg.minibatch / cfg.inner_epochs, cfg.steps * cfg.minibatch / m.world
+        validated = (cfg.steps / cfg.eval_every + 1) * min(cfg.valid_limit, self.rows)
+        time = self.decode([cfg.student, cfg.teacher], answers + validated) + cfg.steps * cost.update(student.n_layer)
+        time += cost.train(student.n_layer, samples, self.tokens, self.answer_tokens)
+        time += judge_cost.judge(0, samples, 0, self.answer_tokens)
+        if cfg.pt_coef:
+            time += cost.train(student.n_layer, samples, cfg.max_tokens, cfg.max_tokens)
+            time += judge_cost.judge(judge.n_layer, samples, cfg.max_tokens, cfg.max_tokens) if cfg.pt_kd else 0.0
+        rows = -(-cfg.rollouts // m.world)
+        size = 16 * student.parameters + frozen_bytes(student, m) + frozen_bytes(judge, m)
+        size += rows * self.longest * (judge.n_embd * m.dtype.itemsize + 40)
+        size += max(decode_bytes([student, judge], m, min(rows, cfg.sample_batch), cfg.max_tokens),
+                    update_bytes(student, cost, cfg.micro_batch, cfg.max_tokens, cfg.vocab_chunk))
+        what = f"{answers:,.0f} answers from the mixture, {cfg.inner_epochs} inner epochs"
+        return Line("minillm", what, cfg.steps, size, time)
+
+    def evaluation(self, models: int) -> Line:
+        cfg, m, (student, _), (judge, _) = self.cfg, self.m, self.shape(self.cfg.student), self.shape(self.cfg.teacher)
+        answers = len(data.load_rows(cfg.data, "test")) * cfg.eval_seeds * models
+        size = 4 * student.parameters + frozen_bytes(student, m) + frozen_bytes(judge, m)
+        size += decode_bytes([student, judge], m, cfg.sample_batch, cfg.max_tokens)
+        what = f"{models} models, {cfg.eval_seeds} seeds: {answers:,} answers, and as many of the teacher"
+        return Line("evaluate", what, 0, size, 2 * self.decode([cfg.student, cfg.teacher], answers))
+
+    def lines(self) -> list[Line]:
+        """The stages that are still to do."""
+        lines, cfg = [], self.cfg
+        for name, _, s in self.work:
+            if not (Path(s.out) / "results.json").is_file() and not Path(s.out).is_file():
+                lines.append(self.supervised(name, s) if isinstance(s, supervised.Config) else self.sampling(name, s))
+        if not (Path(cfg.out) / "minillm" / "results.json").is_file():
+            lines.append(self.minillm())
+        if not (Path(cfg.out) / "results.json").is_file():
+            lines.append(self.evaluation(3 + len(cfg.baselines.split(",")) * bool(cfg.baselines)))
+        return lines
+
+
+def show(lines: list[Line], m: Machine, what: str, ignore_memory: bool) -> None:
+    """Prints the plan. Raises UserError if a stage needs more memory than is free."""
+    free, world = free_memory(m), f", {m.world} processes" * (m.world > 1)
+    m.say(f"plan: {what}, on {m.device} in {str(m.dtype)[6:]}{world}; {free / 2**30:.1f} GiB free")
+    m.say(f"  {'stage':9}{'updates':>9}{'memory':>11}{'time':>11}   what" if lines else "  everything is done already")
+    for line in lines:
+        memory, time = f"{line.bytes / 2**30:.2f} GiB", clock(line.seconds)
+        m.say(f"  {line.stage:9}{line.updates or '':9}{memory:>11}{time:>11}   {line.what}")
+    if lines:
+        m.say("  measured on one and two layers just now; samples of mean length, answers decoded to full length\n")
+    for line in lines:
+        if line.bytes > free and not ignore_memory:
+            raise UserError(f"{line.stage} needs about {line.bytes / 2**30:.1f} GiB and {free / 2**30:.1f} are free: "
+                            "lower --micro_batch, --sample_batch or --vocab_chunk, choose smaller models, or try all "
+                            "the same with --ignore_memory")
