@@ -171,7 +171,7 @@ class Config:
     eval_seeds: int = flag(5, "seeds of the final evaluation")
     micro_batch: int = flag(64, "answers of a forward pass; changes memory and speed only")
     sample_batch: int = flag(256, "answers decoded together; likewise")
-    vocab_chunk: int = flag(1024, "positions whose logits exist at a time; likewise")
+    vocab_chunk: int | None = flag(None, "positions whose logits exist at a time; likewise; default by device")
     seed: int = flag(1, "of prompts, draws, order and new weights")
     log_every: int = flag(32, "updates between printed lines; log.jsonl has them all")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...")
@@ -228,8 +228,7 @@ def presets(given: dict) -> dict:
 
 # ---- Algorithm 1, phase 2 -------------------------------------------------------------------------------------------
 
-def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], m: Machine,
-          chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], m: Machine) -> tuple[Tensor, Tensor, Tensor]:
     """log q(y_t) and KL[q || p] with their gradients, and the mask, of some rows of a rollout: (b, T) each.
 
     One pass of the student. The teacher's hidden states were kept, so it costs its output embedding and no layer."""
@@ -244,7 +243,7 @@ def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], m: Mach
 
     with m.autocast():
         hidden, head = predicting(student(tokens), [len(p) for p in prompts], mask), student.head()  # (N, D)
-        student_logp, kl = by_chunks(terms, chunk, hidden, response[mask], teacher_hidden)  # (N,) each
+        student_logp, kl = by_chunks(terms, m.vocab_chunk, hidden, response[mask], teacher_hidden)  # (N,) each
     zeros = torch.zeros(mask.shape, device=m.device)
     return zeros.masked_scatter(mask, student_logp), zeros.masked_scatter(mask, kl), mask
 
@@ -258,7 +257,7 @@ def minibatches(rollouts: int, minibatch: int, seed: tuple[int, ...]) -> list[li
 
 def distil(cfg: Config) -> dict:
     """Phase 2: the student, phase 1 behind it, learns from the teacher. The result is a model folder, OUT/minillm."""
-    m, out = machine(cfg.device, cfg.dtype), Path(cfg.out) / "minillm"
+    m, out = machine(cfg.device, cfg.dtype, cfg.vocab_chunk), Path(cfg.out) / "minillm"
 
     # 1 what is there already
     if supervised.begin(out, cfg, FREE, m):
@@ -273,7 +272,7 @@ def distil(cfg: Config) -> dict:
     student, teacher = load(cfg.student, m.device), frozen(load(cfg.teacher, m.device), m.dtype)
     supervised.same_vocabulary(student, teacher)
     optimizer, scaler = supervised.optimizer_of(student, m, (0.9, 0.95), cfg.weight_decay)
-    step, best = supervised.load_state(out, student, optimizer, scaler, m)
+    step, best = supervised.load_state(out, cfg, student, optimizer, scaler, m)
     answer_tokens = cfg.max_tokens - cfg.max_prompt_tokens
     mine = [i for i in range(cfg.rollouts) if i % cfg.minibatch % m.world == m.rank]  # the answers of this process
     place = {i: n for n, i in enumerate(mine)}
@@ -331,7 +330,7 @@ def distil(cfg: Config) -> dict:
             rows = sorted((i for i in batch if i in place), key=lambda i: -lengths[i])
             for at in range(0, len(rows), cfg.micro_batch):
                 micro = [place[i] for i in rows[at : at + cfg.micro_batch]]
-                student_logp, kl, micro_mask = score(student, teacher, rollout, micro, m, cfg.vocab_chunk)  # (b, T)
+                student_logp, kl, micro_mask = score(student, teacher, rollout, micro, m)  # (b, T)
                 cut = slice(micro_mask.size(1))
                 old_logp, mixed_logp = rollout.student_logp[micro, cut], rollout.mixed_logp[micro, cut]
                 loss_single, loss_long, weight, clipped = minillm_loss(
@@ -347,8 +346,7 @@ def distil(cfg: Config) -> dict:
             pieces = pieces[m.rank :: m.world]
             for at in range(0, len(pieces), cfg.micro_batch):
                 micro = [corpus[i] for i in pieces[at : at + cfg.micro_batch]]
-                judge = teacher if cfg.pt_kd else None
-                _, loss = supervised.answer_loss(student, micro, m, judge, cfg.pt_kd, cfg.vocab_chunk)  # L_PT
+                _, loss = supervised.answer_loss(student, micro, m, teacher if cfg.pt_kd else None, cfg.pt_kd)  # L_PT
                 scaler.scale(cfg.pt_coef * loss / pt_divisor).backward()
                 sums["loss_pt"] = sums["loss_pt"] + loss.detach()
             totals = torch.stack([torch.as_tensor(value, device=m.device).float() for value in sums.values()])
@@ -430,7 +428,7 @@ def answer_once(cfg: sampling.Config) -> None:
 
 
 def main(cfg: Config) -> list[dict]:
-    m, out = machine(cfg.device, cfg.dtype), Path(cfg.out)
+    m, out = machine(cfg.device, cfg.dtype, cfg.vocab_chunk), Path(cfg.out)
     what = f"{cfg.teacher} teaches {cfg.student} {cfg.data}, in {out}"
     work, cfg = stages(cfg)
     planning.show(planning.Draft(cfg, work, m).lines(), m, what, cfg.ignore_memory)

@@ -22,7 +22,7 @@ import data
 import world
 from config import Machine, check, flag, machine, read_json, run, write_json, write_lines
 from data import Example
-from model import GPT, by_chunks, frozen, load, predicting
+from model import GPT, by_chunks, frozen, load, predicting, read_config
 from sample import room_for_answers, sample, taken, uniforms
 
 
@@ -44,7 +44,7 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(model: GPT, examples: Sequence[Example], m: Machine, batch_size: int = 16, chunk: int = 512) -> float:
+def held_out_loss(model: GPT, examples: Sequence[Example], m: Machine, batch_size: int = 16) -> float:
     """Mean negative log-likelihood of the references in nats per token, end tokens included."""
     total = torch.zeros(2, dtype=torch.float64, device=m.device)  # nats, tokens
     lengths = [len(e.prompt) + len(e.response) for e in examples]
@@ -55,7 +55,7 @@ def held_out_loss(model: GPT, examples: Sequence[Example], m: Machine, batch_siz
         with m.autocast():
             hidden = predicting(model(tokens), [len(e.prompt) for e in batch], mask)  # (N, D)
             logps = lambda hidden, y: (taken(model.logits(hidden).log_softmax(-1), y),)
-            (logp,) = by_chunks(logps, chunk, hidden, response[mask])  # (N,)
+            (logp,) = by_chunks(logps, m.vocab_chunk, hidden, response[mask])  # (N,)
         total[0] -= logp.double().sum()
         total[1] += len(logp)
     m.sum(total)
@@ -131,6 +131,7 @@ def main(cfg: Config) -> dict:
         if results["given"] == given:
             m.say(f"{cfg.out}: evaluated earlier, kept")
             return results
+    read_config(cfg.model)  # a wrong name is told before the data are fetched
     name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
     longest = cfg.max_prompt_tokens + (cfg.max_response_tokens or 256)
     examples = data.load_examples(name, "test", tokenizer, cfg.max_prompt_tokens, longest, m.say)[: cfg.limit]

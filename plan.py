@@ -48,12 +48,12 @@ class Measured:
         return layers * self.update_layer + self.update_output
 
 
-def measure(config: GPTConfig, m: Machine, rows: int, prompt_tokens: int, answer_tokens: int, sample_batch: int,
-            chunk: int) -> Measured:
+def measure(config: GPTConfig, m: Machine, rows: int, prompt_tokens: int, answer_tokens: int,
+            sample_batch: int) -> Measured:
     """Times training steps on `rows` samples and decoding steps of `sample_batch` rows: seconds, and the memory of two
     layers."""
-    lengths = prompt_tokens, answer_tokens, sample_batch, chunk
-    one, two = (measure_layers(replace(config, n_layer=layers), m, rows, *lengths) for layers in (1, 2))
+    lengths = prompt_tokens, answer_tokens
+    one, two = (measure_layers(replace(config, n_layer=layers), m, rows, *lengths, sample_batch) for layers in (1, 2))
     layer = [max(b - a, 0.0) for a, b in zip(one, two)]
     rest = [max(2 * a - b, 0.0) for a, b in zip(one, two)]
     tokens = rows * (prompt_tokens + answer_tokens)
@@ -61,8 +61,8 @@ def measure(config: GPTConfig, m: Machine, rows: int, prompt_tokens: int, answer
                     layer[3], rest[3], layer[4], rest[4])
 
 
-def measure_layers(config: GPTConfig, m: Machine, rows: int, prompt_tokens: int, answer_tokens: int, sample_batch: int,
-                   chunk: int) -> list[float]:
+def measure_layers(config: GPTConfig, m: Machine, rows: int, prompt_tokens: int, answer_tokens: int,
+                   sample_batch: int) -> list[float]:
     """Seconds of forward and backward, of forward alone, bytes of activations, seconds of a decoding step, of AdamW."""
     draw = lambda count: np.random.default_rng(0).integers(0, config.vocab_size, count).tolist()
     batch = [Example(Row(""), draw(prompt_tokens), draw(answer_tokens))] * rows
@@ -76,7 +76,7 @@ def measure_layers(config: GPTConfig, m: Machine, rows: int, prompt_tokens: int,
         return tensor
 
     def train() -> None:
-        supervised.answer_loss(model, batch, m, None, 0.0, chunk)[1].backward()
+        supervised.answer_loss(model, batch, m)[1].backward()
 
     @torch.no_grad()
     def forward() -> None:
@@ -127,10 +127,10 @@ def frozen_bytes(config: GPTConfig, m: Machine) -> int:
     return 2 * (config.parameters - embeddings) + 4 * embeddings + 2 * config.vocab_size * config.n_embd
 
 
-def update_bytes(config: GPTConfig, cost: Measured, micro_batch: int, tokens: int, chunk: int) -> float:
+def update_bytes(config: GPTConfig, cost: Measured, m: Machine, micro_batch: int, tokens: int) -> float:
     """Activations of a micro-batch of the longest samples, and five copies of one chunk's logits."""
     positions = micro_batch * tokens
-    return positions * config.n_layer * cost.layer_bytes + 5 * 4 * min(chunk, positions) * config.vocab_size
+    return positions * config.n_layer * cost.layer_bytes + 5 * 4 * min(m.vocab_chunk, positions) * config.vocab_size
 
 
 def decode_bytes(configs: list[GPTConfig], m: Machine, rows: int, tokens: int) -> float:
@@ -179,7 +179,7 @@ class Draft:
             slow = self.m.device.type == "cpu" and config.n_embd > 256
             self.costs[config.n_embd] = measure(
                 config, self.m, min(cfg.micro_batch, 2) if slow else cfg.micro_batch,
-                round(self.tokens - self.answer_tokens), round(self.answer_tokens), cfg.sample_batch, cfg.vocab_chunk)
+                round(self.tokens - self.answer_tokens), round(self.answer_tokens), cfg.sample_batch)
         return config, self.costs[config.n_embd]
 
     def decode(self, names: list[str], answers: float) -> float:
@@ -194,7 +194,7 @@ class Draft:
         time = cost.train(config.n_layer, samples, self.tokens, self.answer_tokens)
         time += updates * cost.update(config.n_layer)
         time += evals * self.decode([s.model, s.teacher] if s.teacher else [s.model], min(s.valid_limit, self.rows))
-        size = 16 * config.parameters + update_bytes(config, cost, s.micro_batch, s.max_tokens, s.vocab_chunk)
+        size = 16 * config.parameters + update_bytes(config, cost, self.m, s.micro_batch, s.max_tokens)
         if s.teacher:
             judge, judge_cost = self.shape(s.teacher)
             time += judge_cost.judge(judge.n_layer, samples, self.tokens, self.answer_tokens)
@@ -223,7 +223,7 @@ class Draft:
         size = 16 * student.parameters + frozen_bytes(student, m) + frozen_bytes(judge, m)
         size += rows * self.longest * (judge.n_embd * m.dtype.itemsize + 40)
         size += max(decode_bytes([student, judge], m, min(rows, cfg.sample_batch), cfg.max_tokens),
-                    update_bytes(student, cost, cfg.micro_batch, cfg.max_tokens, cfg.vocab_chunk))
+                    update_bytes(student, cost, m, cfg.micro_batch, cfg.max_tokens))
         what = f"{answers:,.0f} answers from the mixture, {cfg.inner_epochs} inner epochs"
         return Line("minillm", what, cfg.steps, size, time)
 

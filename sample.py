@@ -1,7 +1,7 @@
 """Decoding from the student q, from the teacher p, or from their mixture p~ = alpha p + (1 - alpha) q.
 
 Paper:    arXiv 2306.08543v4, Section 2.2, Eq. (4): teacher-mixed sampling. distill.py learns from what comes out here.
-Run:      python sample.py --model=out/tiny/minillm --prompt="tell about the cat"
+Run:      python sample.py --model=out/tiny/minillm --prompt="Tell about the cat"
           python sample.py --model=gpt2 --prompt="Name three colours." --samples=3 --top_p=0.9
           python sample.py --model=out/teacher --data=dolly --split=train --out=out/answers.jsonl       (for SeqKD)
 Shapes:   B answers, b of them decoded together, P prompt tokens, T response tokens, D width, V vocabulary.
@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data
 from config import Machine, UserError, check, flag, machine, run, write_lines
 from data import Row
-from model import GPT, KVCache, frozen, load
+from model import GPT, KVCache, frozen, load, read_config
 
 # ---- Eq. (4), and one draw ------------------------------------------------------------------------------------------
 
@@ -246,6 +246,7 @@ def read_prompts(cfg: Config, tokenizer: tiktoken.Encoding) -> tuple[list[Row], 
 
 def main(cfg: Config) -> None:
     m, tokenizer = machine(cfg.device, cfg.dtype), data.load_tokenizer(cfg.model)
+    read_config(cfg.model)  # a wrong name is told before the data are fetched
     rows, prompts = read_prompts(cfg, tokenizer)
     rows, prompts = ([x for x in xs[: cfg.limit] for _ in range(cfg.samples)] for xs in (rows, prompts))
     model = frozen(load(cfg.model, m.device), m.dtype)

@@ -27,7 +27,7 @@ import data
 from config import Machine, UserError, check, clock, flag, machine, read_json, run, write_json, written_aside
 from data import Example
 from eval import evaluate, held_out_loss
-from model import GPT, GPTConfig, by_chunks, frozen, is_shape, load, new, new_config, predicting, save
+from model import GPT, GPTConfig, by_chunks, frozen, is_shape, load, new, new_config, predicting, read_config, save
 from sample import taken
 
 
@@ -45,7 +45,7 @@ class Config:
     updates: int | None = flag(None, "optimizer steps, instead of epochs")
     batch_size: int = flag(32, "samples of an update")
     micro_batch: int = flag(8, "samples of a forward pass; changes memory and speed only")
-    vocab_chunk: int = flag(1024, "positions whose logits exist at a time; likewise")
+    vocab_chunk: int | None = flag(None, "positions whose logits exist at a time; likewise; default by device")
     weight_decay: float = flag(0.01, "of AdamW")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
     dropout: float | None = flag(None, "while training; default as in the model's config.json")
@@ -88,8 +88,8 @@ def schedule(cfg: Config, config: GPTConfig, rows: int) -> tuple[int, int, float
     return updates, min(updates, cfg.evals or (10 if cfg.updates else epochs)), lr if cfg.lr is None else cfg.lr
 
 
-def answer_loss(model: GPT, batch: Sequence[Example], m: Machine, teacher: GPT | None, kd_ratio: float,
-                chunk: int) -> tuple[Tensor, Tensor]:
+def answer_loss(model: GPT, batch: Sequence[Example], m: Machine, teacher: GPT | None = None,
+                kd_ratio: float = 0.0) -> tuple[Tensor, Tensor]:
     """Sums over the response tokens of a batch, end tokens included: of -log q(y_t), and of the loss to train with,
     (1 - kd_ratio) (-log q(y_t)) + kd_ratio KL[p || q]. The caller divides by the tokens of the whole batch, of which
     this may be a part."""
@@ -109,7 +109,7 @@ def answer_loss(model: GPT, batch: Sequence[Example], m: Machine, teacher: GPT |
         if teacher is not None:
             with torch.no_grad():
                 rows.append(predicting(teacher(tokens), prompt_tokens, mask))  # (N, D)
-        gold, loss = by_chunks(terms, chunk, *rows)  # (N,) each
+        gold, loss = by_chunks(terms, m.vocab_chunk, *rows)  # (N,) each
     return gold.detach().sum(), loss.sum()
 
 
@@ -144,7 +144,7 @@ def apply_update(model: GPT, optimizer: torch.optim.AdamW, scaler: torch.amp.Gra
 
 
 def begin(out: Path, cfg, free: set[str], m: Machine) -> bool:
-    """Whether the run of this folder is finished. If not, notes its flags in run.json.
+    """Whether the run of this folder is finished.
 
     Raises UserError if the folder was made with other flags, or holds an unfinished run and --resume is not given."""
     finished, begun = (out / "results.json").is_file(), (out / "run.json").is_file()
@@ -156,11 +156,9 @@ def begin(out: Path, cfg, free: set[str], m: Machine) -> bool:
                                 "--out, or remove that folder")
         if not finished and not cfg.resume:
             raise UserError(f"{out} holds an unfinished run: --resume goes on with it; to begin anew remove the folder")
-    m.barrier()  # all have looked before one writes
-    if not finished and m.rank == 0:
-        write_json(out / "run.json", asdict(cfg))
     if finished:
         m.say(f"{out}: finished earlier, kept")
+    m.barrier()  # all have looked before one writes
     return finished
 
 
@@ -172,8 +170,9 @@ def save_state(out: Path, model: GPT, optimizer, scaler, step: int, best: dict |
         torch.save(state, aside)
 
 
-def load_state(out: Path, model: GPT, optimizer, scaler, m: Machine) -> tuple[int, dict | None]:
-    """(updates done, best validation so far) from state.pt; (0, None) without one. log.jsonl is cut back to there."""
+def load_state(out: Path, cfg, model: GPT, optimizer, scaler, m: Machine) -> tuple[int, dict | None]:
+    """(updates done, best validation so far) from state.pt; (0, None) without one. Now that all is loaded, notes the flags
+    in run.json, and cuts log.jsonl back to where the run goes on."""
     state = {"step": 0, "best": None}
     if (out / "state.pt").is_file():
         try:
@@ -184,6 +183,8 @@ def load_state(out: Path, model: GPT, optimizer, scaler, m: Machine) -> tuple[in
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
+    if m.rank == 0:
+        write_json(out / "run.json", asdict(cfg))
     if m.rank == 0 and (out / "log.jsonl").is_file():
         lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         with written_aside(out / "log.jsonl") as aside:
@@ -239,13 +240,15 @@ def presets(given: dict) -> dict:
 
 
 def main(cfg: Config) -> dict:
-    m, out = machine(cfg.device, cfg.dtype), Path(cfg.out)
+    m, out = machine(cfg.device, cfg.dtype, cfg.vocab_chunk), Path(cfg.out)
 
     # 1 what is there already
     if begin(out, cfg, FREE, m):
         return read_json(out / "results.json")
 
     # 2 data and models
+    for name in filter(None, (cfg.model, cfg.teacher)):  # a wrong name is told before the data are fetched
+        is_shape(name) or read_config(name)
     tokenizer = data.tokenizer_for(cfg.data) if is_shape(cfg.model) else data.load_tokenizer(cfg.model)
     if data.is_text(cfg.data):
         pieces = data.Pieces(data.load_corpus(cfg.data, tokenizer, out.parent / "corpus", m), cfg.max_tokens)
@@ -271,7 +274,7 @@ def main(cfg: Config) -> dict:
     updates, evals, lr = schedule(cfg, model.config, len(train))
     eval_steps = {round(updates * (n + 1) / evals) for n in range(evals)}
     optimizer, scaler = optimizer_of(model, m, (0.9, 0.999), cfg.weight_decay)
-    step, best = load_state(out, model, optimizer, scaler, m)
+    step, best = load_state(out, cfg, model, optimizer, scaler, m)
     m.say(f"{out}: {cfg.model}, {model.config.parameters:,} parameters, {updates:,} updates of {cfg.batch_size} at "
           f"{lr:g}, on {m.device} in {str(m.dtype)[6:]}" + f", from update {step} on" * (step > 0))
     began, first = time.perf_counter(), step
@@ -286,7 +289,7 @@ def main(cfg: Config) -> dict:
         totals = torch.zeros(2, device=m.device)
         for at in range(0, len(batch), cfg.micro_batch):
             micro = batch[at : at + cfg.micro_batch]
-            gold, loss = answer_loss(model, micro, m, teacher, cfg.kd_ratio, cfg.vocab_chunk)
+            gold, loss = answer_loss(model, micro, m, teacher, cfg.kd_ratio)
             scaler.scale(loss / count).backward()
             totals += torch.stack([gold, loss.detach()]) / count
         m.sum(totals)

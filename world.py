@@ -73,7 +73,7 @@ def write(thing: str, hero: str, rng: np.random.Generator) -> str:
 
 def is_valid(instruction: str, input: str, answer: str) -> bool:
     """Whether this is one of the right answers, to the letter. False for an instruction of another world."""
-    asked = re.fullmatch(r"tell about the (\w+)", instruction)
+    asked = re.fullmatch(r"Tell about the (\w+)", instruction)
     if asked is None or asked[1] not in THINGS or input not in ("", *NAMES):
         return False
     words = re.findall(r"\w+|\.", answer)
@@ -97,7 +97,7 @@ def instructions(split: str) -> list[tuple[str, str, str]]:
     rng, rows = np.random.default_rng((1, stream)), []
     for _ in range(count):
         thing, hero = pick(rng, THINGS), pick(rng, NAMES) if rng.random() < 0.5 else ""
-        rows.append((f"tell about the {thing}", hero, write(thing, hero, rng)))
+        rows.append((f"Tell about the {thing}", hero, write(thing, hero, rng)))
     return rows
 
 
@@ -114,9 +114,10 @@ def pick(rng: np.random.Generator, words) -> str:
 
 @cache
 def vocabulary() -> list[str]:
-    """Every word, with the space before it. A name also begins an answer, and an instruction begins with "tell"."""
+    """Every word, with the space before it. A name may begin an answer, and "Tell" begins an instruction; as only they
+    are capitals, words put side by side in any order can be told apart again."""
     deeds = [word for tenses in DOING.values() for words in tenses.values() for word in words]
     verbs = [*FINDING["past"], *FINDING["present"], *deeds, *WANTING["past"], *WANTING["present"]]
     small = ["about", "the", "a", "an", "two", "some", "and", "she", "he", "it", "them", "in", "then", "from", "near"]
     spaced = [*small, *NAMES, *THINGS, *PLURALS.values(), *ADJECTIVES, *verbs, *PLACES]
-    return ["tell", ".", *NAMES, *(" " + word for word in spaced)]
+    return ["Tell", ".", *NAMES, *(" " + word for word in spaced)]

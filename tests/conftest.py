@@ -1,0 +1,76 @@
+"""What several test files share: one machine, and small random models in folders of their own."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import distill
+from config import Machine, UserError, make
+from model import GPT, GPTConfig, new, new_config, save
+
+torch.set_num_threads(1)  # the models are tiny, and a second thread would wait for whatever else runs
+CPU = Machine(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def m() -> Machine:
+    return CPU
+
+
+def random_gpt(seed: int = 0, **shape) -> GPT:
+    """A small GPT-2 all of whose weights are random, biases and layer-norm gains too."""
+    shape = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=32, eos_token_id=10, resid_pdrop=0.0) | shape
+    model, generator = GPT(GPTConfig(**shape)), torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data = 0.4 * torch.randn(p.shape, generator=generator) + (1.0 if p.dim() == 1 else 0.0)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> dict[str, str]:
+    """Untrained student and teacher of the built-in world, as folders."""
+    tokenizer, folders = data.world_tokenizer(), {}
+    for name, shape in (("student", "1x2x8"), ("teacher", "2x2x16")):
+        folder = tmp_path_factory.mktemp(name)
+        save(new(new_config(shape, tokenizer), seed=len(name)), folder)
+        data.save_tokenizer(tokenizer, folder)
+        folders[name] = str(folder)
+    return folders
+
+
+@pytest.fixture
+def distill_config(tiny_models, tmp_path):
+    """A function that makes a Config of distill.py for a few updates of the small models."""
+    def config(**settings) -> distill.Config:
+        small = dict(preset="tiny", **tiny_models, out=str(tmp_path / "run"), baselines="", steps=4, rollouts=16,
+                     minibatch=8, inner_epochs=2, valid_limit=6, eval_every=4, warmup_steps=1, eval_seeds=2)
+        return make(distill.Config, small | settings, distill.presets)
+    return config
+
+
+@pytest.fixture
+def gpt2():
+    """The real vocabulary. Skipped where it cannot be had without network, but never in CI, which has it."""
+    if not os.environ.get("CI") and not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("set TIKTOKEN_CACHE_DIR to a folder with the GPT-2 vocabulary")
+    return data.gpt2_tokenizer()
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def refused(function, *words: str) -> str:
+    """Calls function, which must raise a UserError of one line that holds all these words."""
+    with pytest.raises(UserError) as caught:
+        function()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert re.search(re.escape(word), message), f"{word!r} is missing in: {message}"
+    return message

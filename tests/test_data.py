@@ -1,0 +1,225 @@
+"""Rows, tokens and batches: what public trainers got wrong most often lies here (masks, end tokens, silent truncation)."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, refused
+
+import data
+from data import END, Pieces, Row, load_corpus, load_examples, load_rows, pad_left, pad_right, picks, read_rows
+
+
+def write_rows(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def row(instruction="Add.", output="3", **more):
+    return {"instruction": instruction, "output": output} | more
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+def test_the_template_is_the_papers_to_the_letter():
+    assert Row("Add.").prompt_text == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Response:\n")
+    assert Row("Add {input}.", "{instruction} 1 2").prompt_text == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd {input}.\n\n### Input:\n"
+        "{instruction} 1 2\n\n### Response:\n")
+
+
+def test_rows_of_every_allowed_kind(tmp_path):
+    path = tmp_path / "my.jsonl"
+    lines = [json.dumps(row()), "", json.dumps(row(input=None, extra=[1])), json.dumps(row(output=["3", "three"])),
+             json.dumps(row("naïve 日本", "é", input="x", ended=False))]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert read_rows(path) == [Row("Add.", "", ("3",)), Row("Add.", "", ("3",)), Row("Add.", "", ("3", "three")),
+                               Row("naïve 日本", "x", ("é",), ended=False)]
+
+
+@pytest.mark.parametrize("line, words", [
+    (b'{"instruction": "a", "outp', ["not JSON", "column", "cut off"]),
+    (b"[1, 2]", ["object", "list"]),
+    (b"3", ["object", "int"]),
+    (b'{"output": "b"}', ['no "instruction"', "found: output"]),
+    (b'{"instruction": "a"}', ['no "output"', "found: instruction"]),
+    (b"{}", ['no "instruction"', "found: nothing"]),
+    (b'{"instruction": ["a"], "output": "b"}', ['"instruction" must be a string', '["a"]']),
+    (b'{"instruction": null, "output": "b"}', ['"instruction" must be a string', "null"]),
+    (b'{"instruction": "a", "input": 0, "output": "b"}', ['"input" must be a string', "0"]),
+    (b'{"instruction": "a", "output": {"b": 1}}', ['"output" must be a string']),
+    (b'{"instruction": "a", "output": ["b", 2]}', ['"output" must be a string', "2"]),
+    (b'{"instruction": "a", "output": []}', ['"output" is empty']),
+    (b'{"instruction": "a", "output": " "}', ['"output" is empty']),
+    (b'{"instruction": "\\n", "output": "b"}', ['"instruction" is empty']),
+    (b'{"instruction": "\\ud800", "output": "b"}', ["surrogate"]),
+    (b'{"instruction": "\xff", "output": "b"}', ["not UTF-8", "byte 18"]),
+    ("{\"instruction\": \"a\"}".encode("utf-16"), ["not UTF-8"]),
+    (b"[" * 100_000, ["nested too deeply"]),
+])
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, words):
+    path = tmp_path / "my.jsonl"
+    path.write_bytes(json.dumps(row()).encode() + b"\n" + line + b"\n" + json.dumps(row()).encode())
+    refused(lambda: read_rows(path), f"{path}:2: ", *words)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    refused(lambda: load_rows(str(tmp_path / "empty.jsonl"), "test"), "empty.jsonl", "no rows")
+    refused(lambda: load_rows(str(tmp_path / "absent.jsonl"), "test"), "absent.jsonl", "No such file")
+    refused(lambda: load_rows("doly", "test"), "--data=doly is unknown", "dolly", ".jsonl")
+    refused(lambda: load_rows("vicuna", "train"), "--data=vicuna has only a test split", "dolly")
+    refused(lambda: load_rows(write_rows(tmp_path / "one.jsonl", row()), "train"), "one row is too few")
+
+
+def test_splits_of_a_file_of_ones_own(tmp_path):
+    name = write_rows(tmp_path / "my.jsonl", *(row(f"{n}.") for n in range(25)))
+    train, valid, test = (load_rows(name, split) for split in ("train", "valid", "test"))
+    assert [r.instruction for r in valid] == ["0.", "1.", "2."] and train == test[3:] and len(test) == 25
+
+
+def test_dollys_split_is_the_papers(tmp_path, monkeypatch):
+    """raw.jsonl: 1,000 rows to validate with and the rest to train on; valid.jsonl is DollyEval."""
+    write_rows(tmp_path / "raw.jsonl", *(row(f"raw {n}") for n in range(1010)))
+    write_rows(tmp_path / "valid.jsonl", *(row(f"eval {n}") for n in range(5)))
+    monkeypatch.setattr(data, "fetch", lambda repo, file, kind: {"MiniLLM/dolly": tmp_path}[repo] / file)
+    assert [r.instruction for r in load_rows("dolly", "train")] == [f"raw {n}" for n in range(1000, 1010)]
+    assert [r.instruction for r in load_rows("dolly", "valid")] == [f"raw {n}" for n in range(1000)]
+    assert [r.instruction for r in load_rows("dolly", "test")] == [f"eval {n}" for n in range(5)]
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------------
+
+def test_long_prompts_and_samples_are_dropped_and_counted_aloud(tmp_path, gpt2):
+    name = write_rows(tmp_path / "my.jsonl", row(), row("word " * 300), row(output="word " * 500), row(output="word " * 300))
+    said = []
+    kept = load_examples(name, "test", gpt2, 256, 512, said.append)
+    assert said == ["data " + name + " test: 3 rows; dropped 1 with a prompt over 256 tokens and 0 over 512 tokens in all"]
+    assert [len(e.prompt) + len(e.response) for e in kept][1] == 512  # a reference is cut, not dropped
+    write_rows(tmp_path / "my.jsonl", *[row()] * 30, row("word " * 300), row(output="word " * 500))
+    said.clear()
+    load_examples(name, "train", gpt2, 256, 512, said.append)
+    assert said == ["data " + name + " train: 26 rows; dropped 1 with a prompt over 256 tokens and 1 over 512 tokens in all"]
+    refused(lambda: load_examples(name, "train", gpt2, 5, 512, said.append), "--data=", "--max_prompt_tokens=5")
+
+
+def test_the_end_token_ends_a_response_unless_it_was_cut_off(tmp_path, gpt2):
+    name = write_rows(tmp_path / "my.jsonl", row(), row(ended=False))
+    whole, cut = load_examples(name, "test", gpt2, 256, 512, lambda *words: None)
+    assert whole.response == [18, gpt2.eot_token] and cut.response == [18]
+    assert gpt2.eot_token not in whole.prompt
+
+
+def test_text_never_becomes_the_end_token(gpt2):
+    tokens = data.encode(gpt2, [f"a{END}b"])[0]
+    assert gpt2.eot_token not in tokens and data.decode(gpt2, tokens) == f"a{END}b"
+    assert data.decode(gpt2, [64, gpt2.eot_token]) == "a"
+
+
+def test_the_world_names_a_word_that_it_does_not_know():
+    refused(lambda: data.encode(data.world_tokenizer(), ["Tell about the dog"]), "no word 'dog'", "data.py --data=tiny")
+
+
+@pytest.mark.parametrize("vocabulary", ["words", "gpt2"])
+def test_transformers_reads_the_same_tokens(vocabulary, tmp_path, request):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = data.world_tokenizer() if vocabulary == "words" else request.getfixturevalue("gpt2")
+    data.save_tokenizer(tokenizer, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = [r.prompt_text + r.outputs[0] for r in load_rows("tiny", "test")[:20]]
+    if vocabulary == "gpt2":
+        texts += ["naïve  日本\t\n\n x\r\n 's'T 12345 \u00a0", "".join(map(chr, range(32, 600)))]
+    for text in texts:
+        tokens = data.encode(tokenizer, [text])[0]
+        assert theirs.encode(text) == tokens and theirs.decode(tokens) == text
+    assert theirs.eos_token_id == tokenizer.eot_token and len(theirs) == tokenizer.n_vocab
+    assert data.load_tokenizer(str(tmp_path)).encode_ordinary(texts[0]) == data.encode(tokenizer, texts[:1])[0]
+
+
+# ---- plain text -----------------------------------------------------------------------------------------------------
+
+def test_text_files_become_tokens_with_an_end_after_each_document(tmp_path, gpt2):
+    (tmp_path / "a.txt").write_text(f"one\n\n two\n{END}\nthree <b>{END}</b>\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("four", encoding="utf-8")
+    corpus = load_corpus(str(tmp_path), gpt2, tmp_path / "cache", CPU)
+    assert corpus.dtype == np.uint16 and isinstance(corpus, np.memmap)
+    documents = ["one\n\n two", f"three <b>{END}</b>\n", "four"]
+    assert corpus.tolist() == [t for d in documents for t in [*gpt2.encode_ordinary(d), gpt2.eot_token]]
+    made = [p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()]
+    load_corpus(str(tmp_path), gpt2, tmp_path / "cache", CPU)
+    assert [p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()] == made  # tokenised once
+    (tmp_path / "b.txt").write_text("five!", encoding="utf-8")
+    assert load_corpus(str(tmp_path), gpt2, tmp_path / "cache", CPU).tolist()[-3:-1] == gpt2.encode_ordinary("five!")
+
+
+def test_a_long_document_is_tokenised_in_pieces_as_if_whole(tmp_path, gpt2):
+    rng = np.random.default_rng(0)
+    lines = ["word\n", "two words \n", "\n", "  indented\n", "\t\n", "last's\r\n", "x" * 50 + "\n"]
+    text = "".join(lines[i] for i in rng.integers(0, len(lines), 40_000))
+    assert len(list(data.text_documents([_write(tmp_path / "a.txt", text)]))) > 3
+    corpus = load_corpus(str(tmp_path / "a.txt"), gpt2, tmp_path, CPU)
+    assert corpus.tolist()[:-1] == gpt2.encode_ordinary(text)
+
+
+def _write(path, text):
+    path.write_bytes(text.encode())
+    return path
+
+
+def test_plain_text_that_cannot_be_had(tmp_path, gpt2, monkeypatch):
+    refused(lambda: load_corpus("nowhere.txt", gpt2, tmp_path, CPU), "--corpus=nowhere.txt", "no such text file")
+    (tmp_path / "void").mkdir()
+    refused(lambda: load_corpus(str(tmp_path / "void"), gpt2, tmp_path, CPU), "no such text file", ".txt")
+    refused(lambda: load_corpus(str(_write(tmp_path / "e.txt", "")), gpt2, tmp_path, CPU), "no text in it")
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
+    refused(lambda: load_corpus(str(tmp_path / "bad.txt"), gpt2, tmp_path, CPU), "bad.txt", "not UTF-8")
+    assert not list(tmp_path.glob("*.part"))
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    refused(lambda: list(data.parquet_documents([])), "pip install pyarrow", "--pt_coef=0")
+
+
+def test_openwebtext_is_read_from_its_parquet_files(tmp_path, gpt2, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow", reason="an optional package")
+    from pyarrow import parquet
+    parquet.write_table(pyarrow.table({"text": ["one", "", "two"]}), tmp_path / "0000.parquet")
+    asked = []
+    monkeypatch.setattr(data, "fetch", lambda *where: asked.append(where) or tmp_path / "0000.parquet")
+    corpus = load_corpus("openwebtext", gpt2, tmp_path, CPU)
+    assert corpus.tolist() == [505, gpt2.eot_token, 11545, gpt2.eot_token]
+    assert asked == [("Skylion007/openwebtext", "plain_text/partial-train/0000.parquet", "dataset",
+                      "refs/convert/parquet")]
+
+
+def test_pieces_are_examples_whose_first_token_is_given():
+    pieces = Pieces(np.arange(23, dtype=np.uint16), 5)
+    assert len(pieces) == 4 and pieces[1].prompt == [5] and pieces[1].response == [6, 7, 8, 9]
+    assert [e.prompt for e in pieces[1:3]] == [[5], [10]] and len(Pieces(np.arange(3, dtype=np.uint16), 5)) == 1
+    with pytest.raises(IndexError):
+        pieces[4]
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+def test_the_walk_through_the_data_visits_all_and_can_be_entered_anywhere():
+    walk = picks(0, 30, 10, seed=3)
+    assert sorted(walk[:10]) == sorted(walk[10:20]) == list(range(10)) and walk[:10] != walk[10:20]
+    assert picks(7, 9, 10, seed=3) == walk[7:16] and picks(0, 10, 10, seed=4) != walk[:10]
+
+
+def test_padding():
+    tokens, starts = pad_left([[1, 2], [3, 4, 5]], CPU.device)
+    assert tokens.tolist() == [[0, 1, 2], [3, 4, 5]] and starts.tolist() == [1, 0]
+    tokens, response, mask = pad_right([[1, 2], [3]], [[4], [5, 6, 0]], CPU.device)
+    assert tokens.tolist() == [[1, 2, 4, 0], [3, 5, 6, 0]]  # the last 0 of row two is a token, and the mask knows
+    assert response.tolist() == [[4, 0, 0], [5, 6, 0]]
+    assert mask.tolist() == [[True, False, False], [True, True, True]] and mask.dtype == torch.bool
+
+
+def test_the_command_shows_a_set(capsys):
+    data.main(data.Config(data="tiny", show=1))
+    printed = capsys.readouterr().out
+    assert "data tiny train: 8,000 rows" in printed and "### Instruction:\nTell about the" in printed

@@ -1,0 +1,395 @@
+"""The equations against loops written from the paper, the official recipe against numbers worked by hand, and Algorithm 1:
+flags that act, batches that may be split, runs that resume to the same bits, processes that change nothing."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_gpt, refused, weights
+from test_teacher import interrupt_after, lines
+
+import distill
+import teacher as supervised
+from config import Machine, make
+from distill import (OFFICIAL, PAPER, Config, future_reward, importance_weights, long_term_loss, minibatches, minillm_loss,
+                     reverse_kl, score, token_reward, whiten)
+from sample import sample, uniforms
+
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()  # an answer of one token among them
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ---- each equation against its slow twin ----------------------------------------------------------------------------
+
+def test_reverse_kl_is_eq_1_at_a_position():
+    log_q, log_p = rand(2, 3, 7, seed=1).log_softmax(-1), rand(2, 3, 7, seed=2).log_softmax(-1)
+    for b in range(2):
+        for t in range(3):
+            slow = sum(math.exp(q) * (q - p) for q, p in zip(log_q[b, t].tolist(), log_p[b, t].tolist()))
+            assert reverse_kl(log_q, log_p)[b, t].item() == pytest.approx(slow, abs=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("length_norm", [True, False])
+@pytest.mark.parametrize("return_from", ["next", "current"])
+def test_future_reward_is_eq_6(gamma, length_norm, return_from):
+    """Sums over t' > t, or t' >= t, of gamma^(t'-t) r_t', divided by their number; 0 where there is nothing to come."""
+    reward = rand(3, 5) * MASK
+    got = future_reward(reward, MASK, gamma, length_norm, return_from)
+    for b, row in enumerate(MASK.sum(1).tolist()):
+        for t in range(5):
+            later = range(t + (return_from == "next"), row) if t < row else range(0)
+            slow = sum(gamma ** (k - t) * reward[b, k].item() for k in later)
+            slow /= len(later) if length_norm and len(later) else 1
+            assert got[b, t].item() == pytest.approx(slow, abs=1e-12)
+    junk = reward + 100 * ~MASK
+    if gamma == 1.0:
+        assert future_reward(junk * MASK, MASK, gamma, length_norm, return_from).equal(got)
+
+
+def test_importance_weights_are_the_products_they_are_called():
+    log_q, log_mix = rand(3, 5, seed=1), rand(3, 5, seed=2)  # junk in the padding
+    w = lambda b, ks: math.prod(math.exp(log_q[b, k].item() - log_mix[b, k].item()) for k in ks)
+    got = {kind: importance_weights(log_q, log_mix, MASK, kind) for kind in ("none", "per_token", "product", "exact")}
+    for b, n in enumerate(MASK.sum(1).tolist()):
+        for t in range(n):
+            others = [k for k in range(n) if k != t]
+            want = {"none": (1, 1), "per_token": (w(b, [t]), 1), "product": (w(b, range(t + 1)), w(b, range(t))),
+                    "exact": (w(b, range(t)), w(b, others))}
+            for kind, pair in want.items():
+                assert [x[b, t].item() for x in got[kind]] == pytest.approx(list(pair))
+    assert not any(x.requires_grad for x in importance_weights(log_q.requires_grad_(), log_mix, MASK, "exact"))
+
+
+@pytest.mark.parametrize("R, ratio, loss, slope", [
+    (2.0, 1.0, -2.0, -2.0), (2.0, 1.3, -2.4, 0.0), (2.0, 0.7, -1.4, -2.0),  # a gain is not counted beyond 1 + eps
+    (-2.0, 1.0, 2.0, 2.0), (-2.0, 0.7, 1.6, 0.0), (-2.0, 1.3, 2.6, 2.0)])  # nor a loss below 1 - eps
+def test_clipping_is_ppos_lower_bound(R, ratio, loss, slope):
+    """Not min(rho, clip(rho)) times R: for negative R that would be an upper bound."""
+    rho = torch.tensor([[ratio]], dtype=torch.float64, requires_grad=True)
+    got, clipped = long_term_loss(rho.log(), torch.zeros(1, 1), torch.tensor([[R]]), torch.ones(1, 1), 0.2)
+    assert got.item() == pytest.approx(loss) and clipped.item() == (slope == 0)
+    assert torch.autograd.grad(got.sum(), rho)[0].item() == pytest.approx(slope)
+    unclipped, never = long_term_loss(rho.log(), torch.zeros(1, 1), torch.tensor([[R]]), torch.ones(1, 1), math.inf)
+    assert unclipped.item() == pytest.approx(-R * ratio) and not never.item()
+
+
+def test_the_loss_has_the_gradient_of_eq_7():
+    """w_t (grad sum_y q log(q/p) - R_{t+1} grad q(y_t) / q(y_t)), written out in loops."""
+    logits, log_p = rand(3, 5, 4, seed=1).requires_grad_(), rand(3, 5, 4, seed=2).log_softmax(-1)
+    y, R = torch.randint(0, 4, (3, 5), generator=torch.Generator().manual_seed(0)), rand(3, 5, seed=3)
+    log_q = logits.log_softmax(-1)
+    take = lambda logp: logp.gather(-1, y[..., None]).squeeze(-1)
+    mixed = (0.2 * log_p.exp() + 0.8 * log_q.exp()).log().detach()
+    single, long, weight, _ = minillm_loss(take(log_q), reverse_kl(log_q, log_p), take(log_q).detach(), take(mixed), R, MASK,
+                                           clip_eps=math.inf)
+    got = torch.autograd.grad((single + long).sum(), logits)[0]
+    want = torch.zeros_like(got)
+    for b in range(3):
+        for t in range(5):
+            if MASK[b, t]:
+                q = logits[b, t].softmax(-1)
+                w = (q[y[b, t]] / mixed[b, t, y[b, t]].exp()).item()
+                assert weight[b, t].item() == pytest.approx(w)
+                surrogate = (q * (q.log() - log_p[b, t])).sum() - R[b, t] * q[y[b, t]] / q[y[b, t]].item()
+                want += w * torch.autograd.grad(surrogate, logits, retain_graph=True)[0]
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+
+
+def test_padding_is_in_no_loss():
+    values = [rand(3, 5, seed=s) for s in range(5)]
+    outside = [v + 50 * ~MASK for v in values]
+    for kind in ("none", "per_token", "product", "exact"):
+        for a, b in zip(minillm_loss(*values, MASK, kind), minillm_loss(*outside, MASK, kind)):
+            assert a.equal(b) and not a[~MASK].any()
+    for kind in ("responses", "all"):
+        assert not whiten(values[0] * MASK, MASK, kind)[~MASK].any()
+
+
+# ---- --recipe=official, worked by hand for one answer of two tokens in three places ---------------------------------
+
+def test_the_official_recipe_by_hand():
+    cfg = make(Config, {"recipe": "official"}, distill.presets)
+    two = torch.tensor([[True, True, False]])
+    log_p, log_q = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -60.0, 0.0]])
+    r = token_reward(log_p, log_q, cfg.reward_scale, cfg.reward_clip) * two
+    assert r.tolist() == [[1.0, 100.0, 0.0]]  # deviation 5: twice 0.5; twice 58, clipped at 100
+    R = future_reward(r, two, cfg.gamma, cfg.length_norm, cfg.return_from)
+    # 1 to 3: gamma 0.95, r_t inside, divided by the remaining length with t: (1 + 0.95 * 100) / 2, 100 / 1
+    assert R.tolist() == [[48.0, 100.0, 0.0]]
+    white = whiten(R, two, cfg.whiten)  # 4: over all three places, mean 148/3, variance (48² + 100²)/3 - (148/3)²
+    mean, std = 148 / 3, math.sqrt((48**2 + 100**2) / 3 - (148 / 3) ** 2)
+    assert white.tolist()[0] == pytest.approx([(48 - mean) / std, (100 - mean) / std, 0.0], abs=1e-6)
+    kl, mixed = torch.tensor([[0.3, 0.4, 9.0]]), torch.tensor([[-1.5 - math.log(1.1), -60 + math.log(2), 0.0]])
+    single, long, weight, clipped = minillm_loss(log_q, kl, log_q, mixed, white, two, cfg.weight, cfg.weight_single, cfg.clip_eps)
+    assert single.tolist()[0] == pytest.approx([0.3, 0.4, 0.0])  # 7: the exact KL, not weighted
+    assert weight.tolist()[0][:2] == pytest.approx([1.1, 0.5], abs=1e-5)  # 8: w is inside of the ratio, then clipped
+    a, b = white.tolist()[0][:2]
+    assert a < 0 < b and long.tolist()[0] == pytest.approx([-1.1 * a, -0.5 * b, 0.0], abs=1e-5)
+    assert not clipped.any()  # a < 0 with ratio above 1 - eps and b > 0 with ratio below 1 + eps keep their gradient
+    _, _, _, clipped = minillm_loss(log_q, kl, log_q, mixed, -white, two, cfg.weight, cfg.weight_single, cfg.clip_eps)
+    assert clipped.tolist() == [[False, True, False]]  # 8: no gradient at the first step, where w < 0.8 and A < 0
+    assert cfg.normalize == "token" and cfg.pt_kd == 0.5  # 6 and 10, of which the next two tests
+
+
+def test_means_over_sequences_or_over_tokens(distill_config, tmp_path, monkeypatch):
+    """Deviation 6. The same first update, logged both ways: sums over 8 answers, or over their tokens."""
+    logged = {}
+    for kind in ("sequence", "token"):
+        distill.distil(distill_config(normalize=kind, steps=1, out=str(tmp_path / kind), pt_coef=1.0))
+        logged[kind] = lines(tmp_path / kind / "minillm")[1]
+    by_sequence, by_token = logged["sequence"], logged["token"]
+    tokens = by_sequence["response_tokens"]
+    for name, per_answer in (("loss_single", tokens), ("loss_long", tokens), ("loss_pt", 43)):  # 43 of 44 are predicted
+        assert by_sequence[name] == pytest.approx(by_token[name] * per_answer, rel=1e-4)
+    assert by_sequence["reverse_kl"] == pytest.approx(by_token["reverse_kl"], rel=1e-4)  # in nats an answer, either way
+
+
+def test_half_of_the_plain_text_loss_is_kd(distill_config, tmp_path):
+    """Deviation 10: 0.5 CE + 0.5 KL[p || q] on plain text, against the two of them alone."""
+    loss = {}
+    for share in (0.0, 0.5, 1.0):
+        distill.distil(distill_config(pt_kd=share, steps=1, out=str(tmp_path / str(share)), pt_coef=1.0))
+        loss[share] = lines(tmp_path / str(share) / "minillm")[1]["loss_pt"]
+    assert loss[0.5] == pytest.approx((loss[0.0] + loss[1.0]) / 2, rel=1e-5) and loss[1.0] < loss[0.0]
+
+
+def test_whitening_over_responses_has_mean_0_and_variance_1():
+    white = whiten(rand(3, 5) * MASK, MASK, "responses")[MASK]
+    assert white.mean().item() == pytest.approx(0, abs=1e-12) and white.var(correction=0).item() == pytest.approx(1, abs=1e-6)
+    assert whiten(rand(3, 5), MASK, "none").equal(rand(3, 5))
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+def test_what_a_teacher_and_a_recipe_imply():
+    tiny, paper = make(Config, {}, distill.presets), make(Config, {"teacher": "gpt2-xl"}, distill.presets)
+    assert tiny == Config() and tiny.preset == "tiny"
+    for name, value in PAPER.items():
+        assert getattr(paper, name) == value
+    assert paper.out == "out/gpt2-xl-to-gpt2" and paper.recipe == "paper" and paper.whiten == "none"
+    official = make(Config, {"teacher": "x/y", "recipe": "official", "gamma": 1.0}, distill.presets)
+    assert official.gamma == 1.0 and official.out == "out/y-to-gpt2"
+    assert all(getattr(official, name) == value for name, value in OFFICIAL.items() if name != "gamma")
+    assert make(Config, {"single_step": False}, distill.presets).return_from == "current"
+    assert make(Config, {"single_step": False, "return_from": "next"}, distill.presets).return_from == "next"
+
+
+def test_settings_that_cannot_work():
+    refused(lambda: Config(rollouts=100), "--rollouts=100 is not a multiple of --minibatch=64")
+    refused(lambda: Config(max_tokens=16), "--max_prompt_tokens=16", "--max_tokens=16")
+    refused(lambda: Config(single_step=False, long_term=False, pt_coef=0.0), "nothing to learn from")
+    refused(lambda: Config(baselines="sft,dpo"), "--baselines=sft,dpo", "'dpo'")
+    refused(lambda: Config(mix_alpha=1.5), "--mix_alpha=1.5 is out of range")
+    refused(lambda: Config(clip_eps=-1.0), "--clip_eps=-1.0 is out of range")
+
+
+def test_which_models_are_raw():
+    raw = {name: distill.is_raw(name, "auto") for name in ("gpt2-xl", "openai-community/gpt2", "4x4x128", "models/gpt2",
+                                                           "MiniLLM/teacher-gpt2-1.5B", "out/x/teacher")}
+    assert list(raw.values()) == [True, True, True, True, False, False]
+    assert distill.is_raw("out/x", "yes") and not distill.is_raw("gpt2", "no")
+
+
+# ---- Algorithm 1 ----------------------------------------------------------------------------------------------------
+
+def test_an_inner_epoch_takes_each_answer_once_and_each_column_once_a_minibatch():
+    batches = minibatches(24, 6, (1, 2, 3))
+    assert sorted(i for batch in batches for i in batch) == list(range(24)) and len(batches) == 4
+    assert all(sorted(i % 6 for i in batch) == list(range(6)) for batch in batches)
+    assert batches == minibatches(24, 6, (1, 2, 3)) != minibatches(24, 6, (1, 2, 4))
+
+
+def test_scores_are_those_of_sampling_and_the_teachers_layers_stay_idle(m):
+    """log q recomputed equals log q sampled, KL likewise; no layer of the teacher runs."""
+    student, teacher = random_gpt(1), random_gpt(2, n_embd=4)
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    rollout = sample(student, prompts, uniforms(0, range(3), 10), m, teacher, 0.2, keep_hidden=True)
+    teacher.forward = None
+    for chunk in (3, 1000):
+        logp, kl, mask = score(student, teacher, rollout, [2, 0], dataclasses.replace(m, vocab_chunk=chunk))
+        cut = mask.size(1)
+        assert mask.equal(rollout.response_mask[[2, 0], :cut]) and not rollout.response_mask[[2, 0], cut:].any()
+        torch.testing.assert_close(logp, rollout.student_logp[[2, 0], :cut], atol=1e-5, rtol=0)
+        torch.testing.assert_close(kl, rollout.reverse_kl[[2, 0], :cut], atol=1e-5, rtol=0)
+        assert logp.requires_grad and kl.requires_grad
+
+
+def test_three_updates_log_every_metric_and_leave_a_model(distill_config, tmp_path):
+    results = distill.distil(distill_config(steps=3))
+    out = tmp_path / "run" / "minillm"
+    log = lines(out)
+    assert [line["step"] for line in log] == [0, 1, 2, 3, 3] and "valid" in log[0] and "valid" in log[-1]
+    for line in log[1:4]:
+        assert set(line) == {
+            "step", "loss_single", "loss_long", "loss_pt", "reverse_kl", "reward", "weight_mean", "weight_max", "clip_fraction",
+            "response_tokens", "ended_fraction", "logp_gap", "grad_norm", "lr", "sample_seconds", "update_seconds"}
+        assert line["reverse_kl"] > 0 and line["weight_max"] <= 1.25 * 1.1 and 0 <= line["clip_fraction"] <= 1
+    assert log[1]["logp_gap"] < 1e-5 and log[2]["logp_gap"] is None
+    assert log[1]["weight_mean"] == pytest.approx(1, abs=0.2)
+    assert results["best"]["step"] == 3 and json.loads((out / "run.json").read_text())["steps"] == 3
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 6 and not (out / "state.pt").exists()
+
+
+BASE = dict(steps=5, pt_coef=0.5)
+
+
+@pytest.fixture(scope="module")
+def after(tmp_path_factory, tiny_models):
+    """A function: the weights after a few updates with these settings, over more than one collection of answers."""
+    done = {}
+
+    def run(**settings):
+        key = json.dumps(settings, sort_keys=True)
+        if key not in done:
+            out = tmp_path_factory.mktemp("after")
+            distill.distil(make(Config, dict(
+                preset="tiny", **tiny_models, out=str(out), baselines="", rollouts=16, minibatch=8, inner_epochs=2, valid_limit=2,
+                eval_every=1000, warmup_steps=1) | BASE | settings, distill.presets))
+            done[key] = torch.cat([tensor.flatten() for tensor in weights(out / "minillm").values()])
+        return done[key]
+    return run
+
+
+@pytest.mark.parametrize("settings", [
+    dict(single_step=False), dict(long_term=False), dict(mix_alpha=0.0), dict(mix_alpha=0.6), dict(weight="none"),
+    dict(weight="product"), dict(weight="exact"), dict(weight_single=False), dict(length_norm=False), dict(return_from="current"),
+    dict(gamma=0.5), dict(whiten="responses"), dict(whiten="all"), dict(reward_scale=2.0), dict(reward_clip=0.5),
+    dict(clip_eps=0.01), dict(inner_epochs=1), dict(pt_coef=0.0), dict(pt_coef=1.0), dict(pt_kd=0.5), dict(normalize="token"),
+    dict(lr=1e-3), dict(warmup_steps=4), dict(grad_clip=1e-3), dict(weight_decay=1.0), dict(seed=2), dict(recipe="official"),
+], ids=lambda settings: next(f"{name}={value}" for name, value in settings.items()))
+def test_each_flag_acts(settings, after):
+    assert (after(**settings) - after()).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("settings", [dict(micro_batch=3), dict(sample_batch=5), dict(vocab_chunk=7)],
+                         ids=["micro_batch", "sample_batch", "vocab_chunk"])
+def test_what_changes_memory_changes_nothing_else(settings, after):
+    torch.testing.assert_close(after(**settings), after(), atol=2e-3, rtol=0)  # rounding, through AdamW's signs
+
+
+def test_splitting_a_minibatch_changes_no_loss(distill_config, tmp_path):
+    """Against per-micro-batch means, which weigh short answers more."""
+    first = {}
+    for size in (1, 3, 64):
+        distill.distil(distill_config(micro_batch=size, steps=1, out=str(tmp_path / str(size))))
+        first[size] = lines(tmp_path / str(size) / "minillm")[1]
+    for size in (1, 3):
+        for name in ("loss_single", "loss_long", "loss_pt", "grad_norm", "reverse_kl", "weight_mean"):
+            assert first[size][name] == pytest.approx(first[64][name], rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_ends_with_the_same_bits(dtype, distill_config, tmp_path, monkeypatch):
+    whole = str(tmp_path / "whole")
+    distill.distil(distill_config(steps=12, dtype=dtype, out=whole))
+    interrupt_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        distill.distil(distill_config(steps=12, dtype=dtype))
+    monkeypatch.undo()
+    refused(lambda: distill.distil(distill_config(steps=12, dtype=dtype)), "unfinished", "--resume")
+    distill.distil(distill_config(steps=12, dtype=dtype, resume=True))
+    for name, tensor in weights(tmp_path / "whole" / "minillm").items():
+        assert torch.equal(tensor, weights(tmp_path / "run" / "minillm")[name])
+    quiet = lambda line: {name: value for name, value in line.items() if not name.endswith("seconds")}
+    assert list(map(quiet, lines(tmp_path / "run" / "minillm"))) == list(map(quiet, lines(tmp_path / "whole" / "minillm")))
+
+
+def test_a_loss_that_is_no_number_is_named(distill_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "single_step_loss", lambda kl, weight: kl * float("nan"))
+    refused(lambda: distill.distil(distill_config()), "stopped at update 1", "loss_single is nan")
+    monkeypatch.undo()
+    monkeypatch.setattr(supervised, "answer_loss", lambda *a: (torch.zeros(()), torch.tensor(math.inf, requires_grad=True)))
+    refused(lambda: distill.distil(distill_config(out=str(tmp_path / "b"))), "stopped at update 1", "loss_pt is inf")
+
+
+def test_reverse_kl_falls(distill_config, tmp_path):
+    distill.distil(distill_config(steps=60, lr=1e-2, rollouts=64, minibatch=32, pt_coef=0.0, eval_every=60, valid_limit=100))
+    before, after = (line["valid"]["reverse_kl"] for line in lines(tmp_path / "run" / "minillm") if "valid" in line)
+    assert after < 0.8 * before
+
+
+def test_two_processes_do_what_one_does(tiny_models, tmp_path):
+    """The same global batch over gloo: the same losses, step for step, to rounding."""
+    logs, threads = {}, {"OMP_NUM_THREADS": "1"}
+    for world in (1, 2):
+        out = tmp_path / str(world)
+        settings = dict(preset="tiny", **tiny_models, out=out, baselines="", steps=4, rollouts=12, minibatch=6, inner_epochs=2,
+                        valid_limit=5, eval_seeds=2, ignore_memory="True", device="cpu")
+        flags = [f"--{name}={value}" for name, value in settings.items()]
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
+        done = subprocess.run([sys.executable, *launch, "distill.py", *flags], cwd=Path(distill.__file__).parent,
+                              env=os.environ | threads, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("written to") == 1  # one process speaks
+        logs[world] = lines(out / "minillm")
+    for one, two in zip(logs[1], logs[2]):
+        for name, value in one.items():
+            if not name.endswith("seconds") and name != "logp_gap":
+                assert two[name] == pytest.approx(value, rel=2e-3, abs=1e-4), name
+    test = [json.loads((tmp_path / str(world) / "results.json").read_text()) for world in (1, 2)]
+    assert [row["method"] for row in test[0]] == ["teacher", "init", "minillm"] == [row["method"] for row in test[1]]
+    assert test[0][0]["rouge_l"] == pytest.approx(test[1][0]["rouge_l"])
+
+
+# ---- all stages -----------------------------------------------------------------------------------------------------
+
+def test_every_stage_from_nothing_and_none_of_them_twice(distill_config, tmp_path, monkeypatch, capsys):
+    for name in ("TINY_TEACHER", "TINY_INIT"):
+        monkeypatch.setattr(distill, name, getattr(distill, name) | dict(updates=4, evals=1))
+    settings = dict(teacher="1x2x12", student="1x2x8", baselines="sft,kd,seqkd", steps=2, max_tokens=24)
+    rows = distill.main(distill_config(**settings))
+    printed = capsys.readouterr().out
+    assert [row["method"] for row in rows] == ["teacher", "init", "sft", "kd", "seqkd", "minillm"]
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == rows
+    for row in rows:
+        assert {"valid", "distinct", "reverse_kl", "forward_kl", "loss", "rouge_l", "std"} <= set(row)
+    assert rows[0]["reverse_kl"] == 0 and all(row["reverse_kl"] > 0 for row in rows[1:])
+    assert printed.index("plan: 1x2x12 teaches 1x2x8 tiny") < printed.index("run/teacher: 1x2x12")
+    assert distill.main(distill_config(**settings)) == rows
+    again = capsys.readouterr().out
+    assert again.count("finished earlier, kept") == 6 and again.count("evaluated earlier, kept") == 6
+    assert "everything is done already" in again
+    refused(lambda: distill.main(distill_config(**settings | dict(steps=3))), "--updates=2, now it is 3")
+
+
+def test_the_plan_alone_does_nothing(distill_config, tmp_path, capsys):
+    assert distill.main(distill_config(plan=True, teacher="1x2x12", student="1x2x8")) == []
+    printed = capsys.readouterr().out
+    assert all(f"  {stage} " in printed for stage in ("teacher", "init", "minillm", "evaluate")) and "GiB" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_memory_is_told_before_anything_is_loaded(distill_config, tmp_path, monkeypatch):
+    import plan
+    monkeypatch.setattr(plan, "free_memory", lambda m: 1000)
+    monkeypatch.setattr(distill, "load", None)
+    refused(lambda: distill.main(distill_config()), "minillm needs about", "0.0 are free", "--micro_batch")
+    assert not (tmp_path / "run").exists()
+
+
+def test_phase_2_alone_takes_finished_models_as_they_are(tmp_path):
+    cfg = make(Config, dict(teacher="MiniLLM/teacher-gpt2-1.5B", student="MiniLLM/init-gpt2-120M"), distill.presets)
+    assert distill.stages(cfg) == ([], cfg)
+    work, resolved = distill.stages(make(Config, dict(teacher="gpt2-xl", baselines="kd"), distill.presets))
+    assert [(name, s.model, s.select, s.epochs) for name, _, s in work] == [
+        ("teacher", "gpt2-xl", "rouge_l", None), ("init", "gpt2", "loss", 3), ("kd", "gpt2", "rouge_l", None)]
+    assert work[2][2].teacher == resolved.teacher == "out/gpt2-xl-to-gpt2/teacher"
+    assert resolved.student == "out/gpt2-xl-to-gpt2/init"
+
+
+def test_float16_scales_its_loss():
+    """Where bfloat16 is missing: the scaler is on, and off for every other type."""
+    gpt = random_gpt()
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        _, scaler = supervised.optimizer_of(gpt, Machine(torch.device("cpu"), dtype), (0.9, 0.95), 0.0)
+        assert scaler.is_enabled() == (dtype == torch.float16)

@@ -1,0 +1,109 @@
+"""The metrics: Rouge-L as the paper's scorer gives it, KLs that are exact at each position, loss over the right tokens."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import random_gpt, refused
+
+import data
+import eval as evaluation
+from data import Example, Row
+from eval import evaluate, exact_match, held_out_loss, rouge_l
+from model import load
+from sample import sample, uniforms
+
+
+def test_rouge_l_by_hand():
+    """Longest common subsequence over stemmed words: "the cat sits on mats" and "cats sat on the mat" share "cat on mat"."""
+    assert rouge_l("the cat sits on mats", ["cats sat on the mat"]) == pytest.approx(100 * 3 / 5)
+    assert rouge_l("the cat", ["dog", "the cat sat"]) == pytest.approx(100 * 2 * (2 / 2) * (2 / 3) / (1 + 2 / 3))
+    assert rouge_l("The, CAT!", ["the cat"]) == pytest.approx(100) and rouge_l("", ["a"]) == 0
+
+
+def test_exact_match_ignores_case_punctuation_and_space():
+    assert exact_match(" The  cat. ", ["dog", "the cat"]) == 100 and exact_match("cats", ["cat"]) == 0
+
+
+def test_held_out_loss_counts_response_tokens_and_nothing_else(m):
+    """Against a loop over single tokens; unequal lengths, so that a mean of means would differ."""
+    gpt = random_gpt()
+    examples = [Example(Row("a"), [1, 2, 3], [4, 5, 6, 10]), Example(Row("b"), [7], [8, 10]), Example(Row("c"), [9, 9], [10])]
+    total, count = 0.0, 0
+    for e in examples:
+        for t, token in enumerate(e.response):
+            with torch.no_grad():
+                logits = gpt.logits(gpt(torch.tensor([e.prompt + e.response[:t]])))[0, -1]
+            total, count = total - logits.log_softmax(-1)[token].item(), count + 1
+    for batch_size in (1, 2, 3):
+        assert held_out_loss(gpt, examples, m, batch_size) == pytest.approx(total / count, abs=1e-5)
+
+
+def test_the_kls_are_what_enumeration_says(m):
+    """reverse_kl summed along answers of q estimates KL[q || p] over answers, exactly so in expectation."""
+    q, p = random_gpt(1, vocab_size=4, eos_token_id=3), random_gpt(2, vocab_size=4, eos_token_id=3)
+    prompt, exact = [1, 2], {"reverse": 0.0, "forward": 0.0}
+    answers = [[3]] + [[a, b] for a in range(3) for b in range(4)]
+    for answer in answers:
+        with torch.no_grad():
+            log_q, log_p = (g.logits(g(torch.tensor([prompt + answer])))[0, 1:-1].log_softmax(-1)[
+                range(len(answer)), answer].sum().item() for g in (q, p))
+        exact["reverse"] += math.exp(log_q) * (log_q - log_p)
+        exact["forward"] += math.exp(log_p) * (log_p - log_q)
+    n = 20_000
+    uniform = uniforms(0, range(n), 2)
+    reverse = sample(q, [prompt] * n, uniform, m, p, batch_size=n).reverse_kl.sum(1)
+    forward = sample(p, [prompt] * n, uniform, m, q, batch_size=n).reverse_kl.sum(1)
+    for got, want in ((reverse, exact["reverse"]), (forward, exact["forward"])):
+        assert abs(got.mean().item() - want) < 4 * got.std().item() / n**0.5
+
+
+def test_evaluate_scores_every_prompt_and_seed(tiny_models, m):
+    student, teacher = (load(tiny_models[name]) for name in ("student", "teacher"))
+    tokenizer = data.world_tokenizer()
+    examples = data.load_examples("tiny", "test", tokenizer, 64, 64, lambda *words: None)[:12]
+    means, answers = evaluate(student, tokenizer, examples, m, teacher, (10, 20), 16, forward=True)
+    assert len(answers) == 24 and [a["prompt"] for a in answers[:12]] == list(range(12))
+    assert set(means) == {"rouge_l", "exact_match", "tokens", "ended", "valid", "reverse_kl", "forward_kl", "distinct"}
+    assert all(len(values) == 2 for name, values in means.items() if name != "distinct")
+    assert means["tokens"][0] != means["tokens"][1]  # seeds differ
+    again, _ = evaluate(student, tokenizer, examples, m, teacher, (10, 20), 16, batch_size=5, forward=True)
+    assert all(again[name] == pytest.approx(means[name], abs=1e-4) for name in means)
+    itself, _ = evaluate(student, tokenizer, examples, m, student, (10,), 16)
+    assert itself["reverse_kl"] == [0.0]
+
+
+def test_right_answers_are_counted_only_if_they_end(tiny_models, m, monkeypatch):
+    tokenizer = data.world_tokenizer()
+    examples = data.load_examples("tiny", "test", tokenizer, 64, 64, lambda *words: None)[:4]
+    student = load(tiny_models["student"])
+
+    def gold(model, prompts, uniform, *more, **settings):
+        rollout = sample(model, prompts, uniform, *more, **settings)
+        rollout.answers = [e.response for e in examples]
+        rollout.ended = torch.tensor([True, True, True, False])
+        return rollout
+
+    monkeypatch.setattr(evaluation, "sample", gold)
+    means, answers = evaluate(student, tokenizer, examples, m, max_response_tokens=16)
+    assert means["valid"] == [75.0] and means["rouge_l"] == [100.0] and means["exact_match"] == [100.0]
+    assert means["distinct"] == [100.0]
+
+
+def test_the_command_writes_its_results_and_keeps_them(tiny_models, tmp_path, capsys):
+    cfg = evaluation.Config(model=tiny_models["student"], teacher=tiny_models["teacher"], limit=5, seeds=2,
+                            max_response_tokens=8, out=str(tmp_path), dtype="float32")
+    results = evaluation.main(cfg)
+    printed = capsys.readouterr().out
+    assert "on tiny, 5 prompts" in printed and "rouge_l" in printed and "±" in printed and "forward_kl" in printed
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 10 and {line["seed"] for line in lines} == {10, 20}
+    assert evaluation.main(cfg) == results and "evaluated earlier" in capsys.readouterr().out
+
+
+def test_commands_that_cannot_work(tiny_models):
+    refused(lambda: evaluation.main(evaluation.Config(model="out/nowhere/x/y")), "out/nowhere/x/y")
+    refused(lambda: evaluation.main(evaluation.Config(model=tiny_models["student"], data="nope")), "--data=nope")
+    refused(lambda: evaluation.Config(seeds=0), "--seeds=0 is out of range")

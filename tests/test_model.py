@@ -1,0 +1,328 @@
+"""GPT-2 against `transformers`, against itself with cache and padding, and against files in every form found in the wild."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_gpt, refused
+from safetensors.torch import save_file
+
+import model
+from config import Machine
+from model import GPTConfig, KVCache, by_chunks, frozen, load, new, predicting, save
+
+
+def their_gpt(folder=None, **shape):
+    """A GPT-2 of transformers with random biases and layer-norm gains: a loader that swaps two cannot pass."""
+    transformers = pytest.importorskip("transformers")
+    shape = dict(n_layer=2, n_head=2, n_embd=12, vocab_size=31, n_positions=24, bos_token_id=30, eos_token_id=30) | shape
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    for p in theirs.parameters():
+        if p.dim() == 1:
+            p.data += 0.1 * torch.randn_like(p)
+    if folder is not None:
+        theirs.save_pretrained(folder)
+    return theirs
+
+
+def tokens_for(config, rows=2, length=9):
+    return torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(gpt, tokens, **more):
+    return gpt.logits(gpt(tokens, **more))
+
+
+# ---- the forward pass -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [
+    dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, n_positions=1024),  # gpt2, whole
+    dict(n_layer=2, n_head=16, n_embd=1024, vocab_size=50257, n_positions=1024),  # gpt2-medium, 2 of 24 layers
+    dict(n_layer=2, n_head=20, n_embd=1280, vocab_size=50257, n_positions=1024),  # gpt2-large, 2 of 36
+    dict(n_layer=1, n_head=25, n_embd=1600, vocab_size=50257, n_positions=1024),  # gpt2-xl, 1 of 48
+    dict(n_layer=3, n_head=3, n_embd=15, vocab_size=7, n_positions=11),
+    dict(n_layer=1, n_head=1, n_embd=8, layer_norm_epsilon=0.1),
+], ids=["gpt2", "medium", "large", "xl", "odd", "epsilon"])
+def test_logits_equal_transformers(shape, tmp_path):
+    theirs = their_gpt(tmp_path, **shape)
+    ours = load(str(tmp_path))
+    tokens = tokens_for(ours.config)
+    with torch.no_grad():
+        assert (logits(ours, tokens) - theirs(tokens).logits).abs().max() < 1e-4
+    assert ours.config.parameters == sum(p.numel() for p in ours.parameters())
+
+
+def test_cached_equals_uncached():
+    gpt = random_gpt()
+    tokens, cache = tokens_for(gpt.config, length=12), KVCache(gpt.config, 2, 12, torch.device("cpu"), torch.float32)
+    parts = [logits(gpt, part, cache=cache) for part in tokens.split([5, 1, 1, 3, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), logits(gpt, tokens), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_padded_row_equals_the_same_row_alone(cached):
+    """Whatever lies in the padding, left or right, and whoever shares the batch."""
+    gpt = random_gpt()
+    rows = [[1, 2, 3, 4], [5, 6], [7, 8, 9]]
+    width, starts = 4, torch.tensor([0, 2, 1])
+    left = torch.tensor([[9] * (width - len(r)) + r for r in rows])
+    cache = KVCache(gpt.config, 3, 6, torch.device("cpu"), torch.float32) if cached else None
+    got = logits(gpt, left, starts=starts, cache=cache)
+    assert got.isfinite().all()
+    if cached:  # rows go on, and one leaves
+        more = torch.tensor([[3], [4], [5]])
+        got = torch.cat([got, logits(gpt, more, starts=starts, cache=cache)], 1)
+        cache.keep(torch.tensor([0, 2]))
+        last = logits(gpt, torch.tensor([[6], [7]]), starts=starts[[0, 2]], cache=cache)
+        torch.testing.assert_close(last[1, 0], logits(gpt, torch.tensor([[7, 8, 9, 5, 7]]))[0, -1], atol=1e-5, rtol=0)
+        rows = [r + more[i].tolist() for i, r in enumerate(rows)]
+    for i, r in enumerate(rows):
+        torch.testing.assert_close(got[i, starts[i] :], logits(gpt, torch.tensor([r]))[0], atol=1e-5, rtol=0)
+    right = torch.tensor([r + [9] * (width + cached - len(r)) for r in rows])
+    for i, r in enumerate(rows):
+        alone = logits(gpt, torch.tensor([r]))[0]
+        torch.testing.assert_close(logits(gpt, right)[i, : len(r)], alone, atol=1e-5, rtol=0)
+
+
+def test_too_many_tokens_are_refused():
+    refused(lambda: logits(random_gpt(), torch.zeros(1, 33, dtype=torch.long)), "33 tokens", "32 positions")
+
+
+def test_the_states_that_predict_a_response():
+    hidden = torch.arange(12.0).view(2, 6, 1)
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    assert predicting(hidden, [2, 4], mask).squeeze(1).tolist() == [1, 2, 3, 9]
+
+
+def test_chunks_of_the_vocabulary_change_nothing():
+    """Values and gradients, in float64."""
+    gpt = random_gpt().double()
+    hidden = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
+    results = []
+    for chunk in (100, 3):
+        kl, top = by_chunks(lambda h: (gpt.logits(h).log_softmax(-1).exp().square().sum(-1), h.sum(-1)), chunk, hidden)
+        gradients = torch.autograd.grad((kl * torch.arange(10) + top).sum(), [hidden, gpt.wte.weight])
+        results.append((kl, top, *gradients))
+    for whole, chunked in zip(*results):
+        torch.testing.assert_close(whole, chunked, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_model_computes_what_autocast_does(dtype):
+    gpt, m = random_gpt(), Machine(torch.device("cpu"), dtype)
+    copy, tokens = frozen(gpt, dtype), tokens_for(gpt.config)
+    with m.autocast(), torch.no_grad():
+        assert torch.equal(logits(copy, tokens), logits(gpt, tokens))
+    assert copy.wte.weight.data_ptr() == gpt.wte.weight.data_ptr()  # shared, not copied
+    assert not any(p.requires_grad for p in copy.parameters())
+
+
+def test_logits_far_from_zero_survive_bfloat16():
+    """GPT-2's lie near -100, where neighbours in bfloat16 are 0.5 apart; the output embedding is centred before."""
+    gpt, m = random_gpt(n_embd=64, vocab_size=200), Machine(torch.device("cpu"), torch.bfloat16)
+    gpt.ln_f.bias.data[0] += 100.0
+    gpt.wte.weight.data[:, 0] = -1.0
+    tokens = tokens_for(gpt.config)
+    exact = logits(gpt, tokens)
+    assert exact.mean() < -90
+    with m.autocast():
+        hidden = gpt(tokens).detach()
+        ours = gpt.logits(hidden).log_softmax(-1)
+        plain = torch.nn.functional.linear(hidden, gpt.wte.weight).float().log_softmax(-1)
+    error = lambda got: (got - exact.log_softmax(-1)).abs().mean()
+    assert error(ours) < 0.3 * error(plain)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def released_form(gpt, dtype=torch.float32, prefix=""):
+    """The tensors as openai-community/gpt2 has them: linear weights (in, out), no prefix, attention buffers."""
+    tensors = {}
+    for key, p in gpt.named_parameters():
+        p = p.detach().to(dtype)
+        tensors[prefix + key] = p.t().contiguous() if key.endswith(model.TRANSPOSED) else p.clone()
+    for layer in range(gpt.config.n_layer):
+        tensors[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=dtype)
+    return tensors
+
+
+def write_config(folder, gpt, **more):
+    raw = {key: getattr(gpt.config, key) for key in GPTConfig.__dataclass_fields__} | {"model_type": "gpt2"} | more
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+def write_weights(folder, tensors, kind, shards):
+    stem, suffix = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
+    write = (lambda part, path: save_file(part, path)) if kind == "safetensors" else torch.save
+    if shards == 1:
+        return write(tensors, folder / f"{stem}.{suffix}")
+    keys, where = list(tensors), {}
+    for n in range(shards):
+        name = f"{stem}-{n + 1:05d}-of-{shards:05d}.{suffix}"
+        write({key: tensors[key] for key in keys[n::shards]}, folder / name)
+        where |= dict.fromkeys(keys[n::shards], name)
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("form", ["released", "transformers", "float16"])
+def test_every_form_in_the_wild_loads(kind, shards, form, tmp_path):
+    gpt = random_gpt()
+    tensors = released_form(gpt, torch.float16 if form == "float16" else torch.float32,
+                            "transformer." if form == "transformers" else "")
+    if form == "transformers":  # older files carry the tied output too
+        tensors["lm_head.weight"] = gpt.wte.weight.detach().clone()
+    write_config(tmp_path, gpt)
+    write_weights(tmp_path, tensors, kind, shards)
+    loaded, tokens = load(str(tmp_path)), tokens_for(gpt.config)
+    assert loaded.wte.weight.dtype == torch.float32 and not loaded.training
+    torch.testing.assert_close(logits(loaded, tokens), logits(gpt, tokens), rtol=0, atol=0.1 if form == "float16" else 0)
+
+
+def test_what_is_saved_transformers_opens(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    gpt = random_gpt(n_head=4)
+    save(gpt, tmp_path)
+    theirs, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    tokens = tokens_for(gpt.config)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(tokens).logits, logits(gpt, tokens), atol=1e-5, rtol=0)
+    assert torch.equal(logits(load(str(tmp_path)), tokens), logits(gpt, tokens))
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    gpt = random_gpt()
+    good = released_form(gpt)
+    write_config(tmp_path, gpt)
+    for change, words in [
+        (lambda t: t.pop("h.1.ln_2.bias"), ["lack h.1.ln_2.bias"]),
+        (lambda t: [t.pop("ln_f.bias"), t.pop("wpe.weight")], ["lack ln_f.bias and 1 more"]),
+        (lambda t: t.update({"wpe.weight": torch.zeros(5, 8)}), ["wpe.weight of shape (5, 8)", "(32, 8)"]),
+        (lambda t: t.update({"h.2.ln_1.bias": torch.zeros(8)}), ["h.2.ln_1.bias", "no such tensor"]),
+        (lambda t: t.update({"lm_head.weight": torch.zeros(11, 8)}), ["not tied"]),
+    ]:
+        tensors = dict(good)
+        change(tensors)
+        save_file(tensors, tmp_path / "model.safetensors")
+        refused(lambda: load(str(tmp_path)), str(tmp_path), *words)
+
+
+def test_folders_that_hold_no_gpt2(tmp_path):
+    here = str(tmp_path)
+    refused(lambda: load(here), here, "folder has no config.json")
+    (tmp_path / "config.json").write_text("{")
+    refused(lambda: load(here), "config.json", "not JSON")
+    write_config(tmp_path, random_gpt(), model_type="llama")
+    refused(lambda: load(here), "GPT-2", "model_type='llama'")
+    write_config(tmp_path, random_gpt(), n_head=3)
+    refused(lambda: load(here), "width of 8 does not divide into 3 heads")
+    write_config(tmp_path, random_gpt(), n_layer="2")
+    refused(lambda: load(here), "n_layer must be a positive integer", "'2'")
+    write_config(tmp_path, random_gpt())
+    refused(lambda: load(here), "has no model.safetensors or pytorch_model.bin")
+    refused(lambda: load("no such thing"), "'no such thing'", "folder", "hub")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_damaged_files_are_named(kind, tmp_path):
+    gpt = random_gpt()
+    write_config(tmp_path, gpt)
+    write_weights(tmp_path, released_form(gpt), kind, shards=2)
+    first, second = sorted(tmp_path.glob(f"*0000*.{kind}"))
+    whole = second.read_bytes()
+    second.write_bytes(whole[: len(whole) // 2])
+    refused(lambda: load(str(tmp_path)), second.name, "damaged or incomplete", "fetch it again")
+    second.unlink()
+    refused(lambda: load(str(tmp_path)), second.name, "which its index names")
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.write_text, (tmp_path / "owned", "x"))
+
+    write_config(tmp_path, random_gpt())
+    torch.save({"wte.weight": Evil()}, tmp_path / "pytorch_model.bin")
+    refused(lambda: load(str(tmp_path)), "pytorch_model.bin")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_new_model_is_the_same_for_the_same_seed():
+    config = GPTConfig(2, 2, 8, 11, 16, eos_token_id=10)
+    first, again, other = new(config, 0), new(config, 0), new(config, 1)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
+    assert not torch.equal(first.wte.weight, other.wte.weight)
+    std = {name: p.std().item() for name, p in new(GPTConfig(3, 4, 768, 100, 50), 0).named_parameters()}
+    assert abs(std["wte.weight"] - 0.02) < 0.001 and abs(std["h.0.mlp.c_proj.weight"] - 0.02 / 6**0.5) < 0.001
+
+
+# ---- the hub --------------------------------------------------------------------------------------------------------
+
+class Hub(SimpleHTTPRequestHandler):
+    """Serves ROOT/OWNER/NAME/FILE at the hub's addresses, enough for the real client; `gated` names a gated owner."""
+
+    def do_HEAD(self):
+        path = Path(self.directory) / self.path.strip("/").replace("/resolve/main/", "/")
+        code, error = (200, None) if path.is_file() else (404, "EntryNotFound" if path.parent.is_dir() else "RepoNotFound")
+        code, error = (401, "GatedRepo") if "gated" in self.path else (500, "Broken") if "broken" in self.path else (code, error)
+        body = path.read_bytes() if code == 200 else b""
+        self.send_response(code)
+        for name, value in {"Content-Length": len(body), "ETag": f'"{hash(body)}"', "X-Repo-Commit": "0" * 40}.items():
+            self.send_header(name, str(value))
+        if error:
+            self.send_header("X-Error-Code", error)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD
+
+    def log_message(self, *words):
+        pass
+
+
+def test_the_hub_its_cache_and_its_failures(tmp_path):
+    """In a process of its own: the client reads HF_ENDPOINT when it is imported."""
+    folder = tmp_path / "hub" / "owner" / "name"
+    folder.mkdir(parents=True)
+    gpt = random_gpt()
+    save(gpt, folder)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: Hub(*a, directory=str(tmp_path / "hub")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, model\n"
+        "for name in sys.argv[1:]:\n"
+        "    try:\n"
+        "        print(name, model.load(name).wte.weight.sum().item())\n"
+        "    except model.UserError as error:\n"
+        "        print(error)\n")
+    env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
+                        "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(Path(model.__file__).parent)}
+
+    def run(*names, **more):
+        done = subprocess.run([sys.executable, script, *names], env=env | more, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    found, gated, absent, broken = run("owner/name", "owner/gated", "owner/absent", "owner/broken")
+    assert found == f"owner/name {gpt.wte.weight.sum().item()}"
+    assert "owner/gated on the hub is gated" in gated and "hf auth login" in gated
+    assert "owner/absent is neither a folder here nor a model on the hub" in absent
+    assert "owner/broken: the hub" in broken and ("500" in broken or "could not be reached" in broken)
+    server.shutdown()
+    server.server_close()
+    cached, unknown = run("owner/name", "owner/other", HF_HUB_OFFLINE="1")
+    assert cached == found and "owner/other: this cached copy (HF_HUB_OFFLINE is set) has no config.json" in unknown
+    (unreachable,) = run("owner/other")
+    assert "could not be reached for config.json" in unreachable and "HF_ENDPOINT" in unreachable

@@ -1,0 +1,71 @@
+"""By enumeration of every answer: which equations have the gradient of KL[q || p], and by how much the others miss it."""
+
+import pytest
+import torch
+
+import oracle
+from oracle import ESTIMATORS, MASK, RESPONSE, answer_gradients, compare, exact_gradient
+
+
+def test_all_answers_are_there_once():
+    assert len({tuple(r[m].tolist()) for r, m in zip(RESPONSE, MASK)}) == len(RESPONSE) == 1 + 2 + 4 * 3
+    probability, _ = answer_gradients(torch.randn(7, 3, requires_grad=True, dtype=torch.float64), torch.randn(7, 3).double())
+    assert probability.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", [
+    "Eq. (2)", "Eq. (2) without its -1", "Eq. (3)", "Eq. (4), alpha 0.2, exact weights"])
+def test_what_is_exact_is_exact(name):
+    cosine, error, _ = compare(ESTIMATORS[name], toys=20, seed=1)
+    assert error < 1e-10 and cosine == pytest.approx(1)
+
+
+@pytest.mark.parametrize("mix_alpha", [0.0, 0.5, 1.0])
+def test_exact_weights_are_exact_for_any_mixture(mix_alpha):
+    """alpha = 1 samples from the teacher alone."""
+    for single_step, return_from in ((True, "next"), (False, "current")):
+        settings = dict(mix_alpha=mix_alpha, weight="exact", single_step=single_step, return_from=return_from)
+        assert compare(settings, toys=5, seed=2)[1] < 1e-10
+
+
+@pytest.mark.parametrize("name", [
+    "L_Single alone (GKD with reverse KL)", "L_Single, and R_t for R_{t+1}", "Eqs. (4, 5) as printed: product",
+    "Eqs. (4, 5) with w_t per token", "Eq. (4), no weights", "Eq. (6), length normalisation",
+    "--recipe=paper: Eq. (7), clipped", "--recipe=official"])
+def test_what_is_biased_is_not_called_exact(name):
+    assert compare(ESTIMATORS[name], toys=20, seed=1)[1] > 0.02
+
+
+def test_the_product_weight_is_exact_for_the_single_step_alone():
+    """Eq. (5) as printed errs on the long term only: its R_{t+1} is made of tokens drawn from p~ as well."""
+    single = lambda weight: dict(mix_alpha=0.2, weight=weight, long_term=False)
+    torch.manual_seed(0)
+    student, teacher = torch.randn(7, 3, requires_grad=True, dtype=torch.float64), torch.randn(7, 3).double()
+    expected = lambda settings: torch.mul(*[x if x.dim() > 1 else x[:, None] for x in answer_gradients(
+        student, teacher, **settings)]).sum(0)
+    on_policy = expected(dict(long_term=False))
+    for weight in ("product", "exact"):
+        torch.testing.assert_close(expected(single(weight)), on_policy, atol=1e-12, rtol=0)
+    assert (expected(single("per_token")) - on_policy).norm() > 1e-3
+
+
+def test_the_per_token_weight_on_the_single_step_changes_no_expectation():
+    """Its conditional mean is 1, so that it only adds noise: why the released code could drop it."""
+    with_it, without = (compare(ESTIMATORS[name], 20, 1) for name in ("Eqs. (4, 5) with w_t per token",
+                                                                      "  the same, not on L_Single"))
+    assert with_it[:2] == pytest.approx(without[:2], abs=1e-12) and with_it[2] > without[2]
+
+
+def test_an_on_policy_step_needs_no_weights():
+    student, teacher = torch.randn(2, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    student.requires_grad_()
+    exact = exact_gradient(student, teacher).flatten()
+    for weight in ("none", "per_token", "product", "exact"):
+        probability, each = answer_gradients(student, teacher, weight=weight)
+        torch.testing.assert_close(probability @ each, exact, atol=1e-12, rtol=0)
+
+
+def test_the_command_prints_the_table(capsys):
+    oracle.main(oracle.Config(toys=2))
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ESTIMATORS) and "cosine" in printed

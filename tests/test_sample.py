@@ -1,0 +1,200 @@
+"""Sampling: drawn with the right frequencies, ended at the right token, and never dependent on the company it keeps."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_gpt, refused
+
+import data
+import sample as sampling
+from model import frozen
+from sample import inverse_cdf, mix, restrict, sample, uniforms
+
+PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 1, 2], [3, 3]]
+
+
+def pair(**shape):
+    return random_gpt(1, **shape), random_gpt(2, **shape | dict(n_layer=1))
+
+
+@torch.no_grad()
+def rescored(gpt, prompt, answer):
+    """log-probabilities (T, V) by a plain forward pass, and the hidden states from which they come (T, D)."""
+    hidden = gpt(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
+    return gpt.logits(hidden).log_softmax(-1), hidden
+
+
+@pytest.mark.parametrize("mix_alpha", [0.0, 0.3, 1.0])
+def test_answers_come_with_the_frequencies_of_eq_4(mix_alpha, m):
+    """All answers of two tokens from a vocabulary of five, 40,000 times, against their exact probabilities."""
+    student, teacher = pair(vocab_size=5, eos_token_id=4)
+    n, prompt = 40_000, [1, 2]
+    rollout = sample(student, [prompt] * n, uniforms(0, range(n), 2), m, teacher, mix_alpha, batch_size=n)
+    answers, counts = np.unique([tuple(a) for a in map(lambda a: (a + [-1])[:2], rollout.answers)], axis=0, return_counts=True)
+    expected = {}
+    for first in range(5):
+        p1 = sum(w * rescored(g, prompt, [first])[0].exp() for w, g in ((mix_alpha, teacher), (1 - mix_alpha, student)))
+        if first == 4:
+            expected[(4, -1)] = p1[0, 4].item()
+            continue
+        two = sum(w * rescored(g, prompt, [first, 0])[0].exp() for w, g in ((mix_alpha, teacher), (1 - mix_alpha, student)))
+        expected |= {(first, second): (p1[0, first] * two[1, second]).item() for second in range(5)}
+    assert abs(sum(expected.values()) - 1) < 1e-5 and set(map(tuple, answers)) <= set(expected)
+    observed = dict(zip(map(tuple, answers), counts))
+    chi2 = sum((observed.get(a, 0) - n * p) ** 2 / (n * p) for a, p in expected.items())
+    assert chi2 < 45  # 20 degrees of freedom: exceeded by chance once in a thousand times
+
+
+def test_mix_is_the_mixture():
+    log_q, log_p = torch.randn(2, 3, 7, dtype=torch.float64).log_softmax(-1)
+    torch.testing.assert_close(mix(log_q, log_p, 0.2).exp(), 0.2 * log_p.exp() + 0.8 * log_q.exp(), rtol=1e-12, atol=0)
+    assert mix(log_q, log_p, 0.0) is log_q and mix(log_q, log_p, 1.0) is log_p
+
+
+def test_what_is_kept_of_the_one_pass_equals_a_plain_forward_pass(m):
+    """log q, log p, log p~, the KL and the teacher's states: nothing has to be scored again."""
+    student, teacher = pair()
+    rollout = sample(student, PROMPTS, uniforms(0, range(5), 12), m, teacher, 0.2, keep_hidden=True)
+    for i, (prompt, answer) in enumerate(zip(PROMPTS, rollout.answers)):
+        log_q, _ = rescored(student, prompt, answer)
+        log_p, hidden = rescored(teacher, prompt, answer)
+        n, chosen = len(answer), torch.tensor(answer)[:, None]
+        close = lambda got, want: torch.testing.assert_close(got[i, :n], want, atol=1e-5, rtol=0)
+        close(rollout.student_logp, log_q.gather(1, chosen).squeeze(1))
+        close(rollout.teacher_logp, log_p.gather(1, chosen).squeeze(1))
+        close(rollout.mixed_logp, (0.2 * log_p.exp() + 0.8 * log_q.exp()).log().gather(1, chosen).squeeze(1))
+        close(rollout.reverse_kl, (log_q.exp() * (log_q - log_p)).sum(1))
+        close(rollout.teacher_hidden, hidden)
+    for values in (rollout.response, rollout.student_logp, rollout.teacher_logp, rollout.mixed_logp, rollout.reverse_kl):
+        assert not values[~rollout.response_mask].any()
+
+
+def test_an_answer_ends_with_its_end_token_and_the_end_token_counts(m):
+    student, _ = pair()
+    rollout = sample(student, PROMPTS * 20, uniforms(0, range(100), 12), m)
+    assert 0 < rollout.ended.sum() < 100
+    for answer, ended in zip(rollout.answers, rollout.ended.tolist()):
+        assert (answer[-1] == 10) == ended and 10 not in answer[:-1]
+        assert ended or len(answer) == 12
+    assert (rollout.student_logp != 0).equal(rollout.response_mask)
+
+
+def test_an_end_token_in_the_prompt_ends_nothing(m):
+    student, _ = pair()
+    rollout = sample(student, [[10, 10], [10]], uniforms(3, range(2), 6), m)
+    assert min(map(len, rollout.answers)) >= 1 and max(map(len, rollout.answers)) > 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_an_answer_does_not_depend_on_its_company(batch_size, m):
+    """Nor on the batch it is decoded in, nor on rows that leave, nor on the length that was allowed."""
+    student, teacher = pair()
+    draw = lambda length, size: sample(student, PROMPTS, uniforms(7, range(5), length), m, teacher, 0.5, size, keep_hidden=True)
+    whole, parts, longer = draw(9, 64), draw(9, batch_size), draw(20, batch_size)
+    assert whole.answers == parts.answers
+    torch.testing.assert_close(whole.mixed_logp, parts.mixed_logp, atol=1e-5, rtol=0)
+    mask = whole.response_mask
+    torch.testing.assert_close(whole.teacher_hidden[mask], parts.teacher_hidden[mask], atol=1e-5, rtol=0)
+    assert [a[:9] for a in longer.answers] == whole.answers
+    assert draw(9, 64).answers == whole.answers  # the same seed, the same text
+    assert sample(student, PROMPTS, uniforms(8, range(5), 9), m, teacher, 0.5).answers != whole.answers
+
+
+def test_each_answer_has_its_own_stream():
+    torch.testing.assert_close(uniforms(5, [3, 4], 6), uniforms(5, range(10), 8)[3:5, :6], atol=0, rtol=0)
+    assert len(uniforms(5, range(100), 10).unique()) == 1000
+    assert 0 <= uniforms(0, range(100), 100).min() and uniforms(0, range(100), 100).max() < 1
+
+
+def test_the_inverse_cdf_takes_no_impossible_token():
+    logp = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0]).log().repeat(6, 1)
+    uniform = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2.0**-53], dtype=torch.float64)
+    assert inverse_cdf(logp, uniform).tolist() == [1, 1, 3, 3, 4, 4]
+    unnormalised = torch.full((1, 50257), -40.0).log_softmax(-1)  # rounding leaves a sum other than 1
+    assert inverse_cdf(unnormalised, uniform[-1:]).item() == 50256
+
+
+def test_temperature_top_k_and_top_p_by_hand():
+    logp = torch.tensor([[0.5, 0.1, 0.3, 0.1]]).log()
+    probs = lambda *settings: restrict(logp, *settings).exp()[0].tolist()
+    assert restrict(logp, 1.0, 0, 1.0) is logp
+    assert probs(1.0, 2, 1.0) == pytest.approx([0.625, 0, 0.375, 0])
+    assert probs(1.0, 0, 0.49) == pytest.approx([1, 0, 0, 0])
+    assert probs(1.0, 0, 0.51) == pytest.approx([0.625, 0, 0.375, 0])
+    assert probs(0.5, 0, 1.0) == pytest.approx([25 / 36, 1 / 36, 9 / 36, 1 / 36])
+    assert probs(1e-4, 0, 1.0) == pytest.approx([1, 0, 0, 0])
+    assert probs(1.0, 100, 1.0) == pytest.approx([0.5, 0.1, 0.3, 0.1])
+
+
+def test_samples_that_cannot_be_drawn(m):
+    student, _ = pair()
+    refused(lambda: sample(student, [[1]], uniforms(0, [0], 3), m, mix_alpha=0.2), "--mix_alpha=0.2", "--teacher")
+    refused(lambda: sample(student, [[1] * 30], uniforms(0, [0], 4), m), "30 tokens and 4 new ones", "32 positions")
+    assert len(sample(student, [[1] * 30], uniforms(0, [0], 3), m).answers[0]) <= 3  # the last token needs no position
+
+
+# ---- command --------------------------------------------------------------------------------------------------------
+
+def run(tiny_models, **settings):
+    return sampling.main(sampling.Config(model=tiny_models["student"], dtype="float32", **settings))
+
+
+def test_one_answer_is_streamed_and_several_are_printed_whole(tiny_models, capsys):
+    run(tiny_models, prompt="Tell about the cat", input="Anna", max_response_tokens=6)
+    one = capsys.readouterr().out
+    run(tiny_models, prompt="Tell about the cat", input="Anna", max_response_tokens=6, samples=3)
+    several = capsys.readouterr().out
+    assert one.strip() and sorted(re.findall(r"^\[\d\]", several, re.M)) == ["[0]", "[1]", "[2]"]
+    assert f"[0] {one}" in several  # the first of several is the one alone
+
+
+def test_a_character_spread_over_tokens_is_printed_once_it_is_whole(gpt2, capsys):
+    printer = sampling.Printer(gpt2, 1)
+    tokens = gpt2.encode_ordinary("日本")
+    assert len(tokens) > 2
+    for token in [*tokens, gpt2.eot_token]:
+        printer(0, token)
+    assert capsys.readouterr().out == "日本\n"
+
+
+def test_answers_are_written_as_rows_to_train_on(tiny_models, tmp_path, capsys):
+    out = str(tmp_path / "answers.jsonl")
+    run(tiny_models, data="tiny", limit=20, samples=2, out=out, max_response_tokens=10)
+    rows, lines = data.load_rows(out, "test"), [json.loads(line) for line in open(out, encoding="utf-8")]
+    kept = len(rows)
+    assert kept + (40 - kept) == 40 and f"{kept} answers" in capsys.readouterr().out
+    assert {row.ended for row in rows} <= {True, False} and all(line["seed"] == 0 for line in lines)
+    tokenizer = data.world_tokenizer()
+    for example in data.load_examples(out, "test", tokenizer, 64, 64, lambda *words: None):
+        assert (example.response[-1] == tokenizer.eot_token) == example.row.ended
+
+
+def test_prompts_from_files(tiny_models, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("Tell about the cat\n\nTell about the owl\n")
+    run(tiny_models, prompts=str(tmp_path / "p.txt"), max_response_tokens=3)
+    assert capsys.readouterr().out.count("[") == 2
+    (tmp_path / "p.jsonl").write_text('{"instruction": "Tell about the cat", "input": "Mia"}\n')
+    run(tiny_models, prompts=str(tmp_path / "p.jsonl"), max_response_tokens=3, raw=True)
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    (tmp_path / "empty.txt").write_text("\n")
+    refused(lambda: run(tiny_models, prompts=str(tmp_path / "bad.txt")), "bad.txt", "not UTF-8")
+    refused(lambda: run(tiny_models, prompts=str(tmp_path / "empty.txt")), "empty.txt", "no prompt")
+    refused(lambda: run(tiny_models, prompts=str(tmp_path / "none.txt")), "none.txt", "No such file")
+    refused(lambda: run(tiny_models, prompt="", raw=True), "--prompt", "no prompt")
+    refused(lambda: run(tiny_models, prompt="Tell about the dog"), "no word 'dog'")
+    refused(lambda: sampling.Config(), "one of --prompt, --prompts and --data")
+    refused(lambda: sampling.Config(prompt="a", data="tiny"), "one of --prompt, --prompts and --data")
+
+
+def test_frozen_models_in_bfloat16_keep_the_log_probs_that_they_draw_from(tmp_path):
+    from config import Machine
+    m = Machine(torch.device("cpu"), torch.bfloat16)
+    student, teacher = (frozen(g, m.dtype) for g in pair())
+    rollout = sample(student, PROMPTS, uniforms(0, range(5), 8), m, teacher, 0.2, keep_hidden=True)
+    assert rollout.student_logp.dtype == torch.float32 and rollout.teacher_hidden.dtype == torch.bfloat16
+    with m.autocast():
+        again = teacher.logits(rollout.teacher_hidden).log_softmax(-1).gather(-1, rollout.response[..., None]).squeeze(-1)
+    torch.testing.assert_close(again[rollout.response_mask], rollout.teacher_logp[rollout.response_mask])
