@@ -171,8 +171,8 @@ def save_state(out: Path, model: GPT, optimizer, scaler, step: int, best: dict |
 
 
 def load_state(out: Path, cfg, model: GPT, optimizer, scaler, m: Machine) -> tuple[int, dict | None]:
-    """(updates done, best validation so far) from state.pt; (0, None) without one. Now that all is loaded, notes the flags
-    in run.json, and cuts log.jsonl back to where the run goes on."""
+    """(updates done, best validation so far) from state.pt; (0, None) without one. Now that all is loaded, notes the
+    flags in run.json, and cuts log.jsonl back to where the run goes on."""
     state = {"step": 0, "best": None}
     if (out / "state.pt").is_file():
         try:

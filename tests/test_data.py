@@ -1,4 +1,4 @@
-"""Rows, tokens and batches: what public trainers got wrong most often lies here (masks, end tokens, silent truncation)."""
+"""Rows, tokens and batches: what public trainers got wrong most often: masks, end tokens, silent truncation."""
 
 import json
 
@@ -95,15 +95,17 @@ def test_dollys_split_is_the_papers(tmp_path, monkeypatch):
 # ---- tokens ---------------------------------------------------------------------------------------------------------
 
 def test_long_prompts_and_samples_are_dropped_and_counted_aloud(tmp_path, gpt2):
-    name = write_rows(tmp_path / "my.jsonl", row(), row("word " * 300), row(output="word " * 500), row(output="word " * 300))
+    long_prompt, long_answer = row("word " * 300), row(output="word " * 500)
+    name = write_rows(tmp_path / "my.jsonl", row(), long_prompt, long_answer, row(output="word " * 300))
     said = []
     kept = load_examples(name, "test", gpt2, 256, 512, said.append)
-    assert said == ["data " + name + " test: 3 rows; dropped 1 with a prompt over 256 tokens and 0 over 512 tokens in all"]
+    dropped = "dropped 1 with a prompt over 256 tokens and {} over 512 tokens in all"
+    assert said == [f"data {name} test: 3 rows; " + dropped.format(0)]
     assert [len(e.prompt) + len(e.response) for e in kept][1] == 512  # a reference is cut, not dropped
-    write_rows(tmp_path / "my.jsonl", *[row()] * 30, row("word " * 300), row(output="word " * 500))
+    write_rows(tmp_path / "my.jsonl", *[row()] * 30, long_prompt, long_answer)
     said.clear()
     load_examples(name, "train", gpt2, 256, 512, said.append)
-    assert said == ["data " + name + " train: 26 rows; dropped 1 with a prompt over 256 tokens and 1 over 512 tokens in all"]
+    assert said == [f"data {name} train: 26 rows; " + dropped.format(1)]
     refused(lambda: load_examples(name, "train", gpt2, 5, 512, said.append), "--data=", "--max_prompt_tokens=5")
 
 

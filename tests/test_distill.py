@@ -1,5 +1,5 @@
-"""The equations against loops written from the paper, the official recipe against numbers worked by hand, and Algorithm 1:
-flags that act, batches that may be split, runs that resume to the same bits, processes that change nothing."""
+"""The equations against loops written from the paper, the official recipe against numbers worked by hand, and
+Algorithm 1: flags that act, batches that split, runs that resume to the same bits, processes that change nothing."""
 
 import dataclasses
 import json
@@ -17,8 +17,20 @@ from test_teacher import interrupt_after, lines
 import distill
 import teacher as supervised
 from config import Machine, make
-from distill import (OFFICIAL, PAPER, Config, future_reward, importance_weights, long_term_loss, minibatches, minillm_loss,
-                     reverse_kl, score, token_reward, whiten)
+from distill import (
+    OFFICIAL,
+    PAPER,
+    Config,
+    future_reward,
+    importance_weights,
+    long_term_loss,
+    minibatches,
+    minillm_loss,
+    reverse_kl,
+    score,
+    token_reward,
+    whiten,
+)
 from sample import sample, uniforms
 
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()  # an answer of one token among them
@@ -90,8 +102,8 @@ def test_the_loss_has_the_gradient_of_eq_7():
     log_q = logits.log_softmax(-1)
     take = lambda logp: logp.gather(-1, y[..., None]).squeeze(-1)
     mixed = (0.2 * log_p.exp() + 0.8 * log_q.exp()).log().detach()
-    single, long, weight, _ = minillm_loss(take(log_q), reverse_kl(log_q, log_p), take(log_q).detach(), take(mixed), R, MASK,
-                                           clip_eps=math.inf)
+    single, long, weight, _ = minillm_loss(take(log_q), reverse_kl(log_q, log_p), take(log_q).detach(), take(mixed), R,
+                                           MASK, clip_eps=math.inf)
     got = torch.autograd.grad((single + long).sum(), logits)[0]
     want = torch.zeros_like(got)
     for b in range(3):
@@ -130,13 +142,14 @@ def test_the_official_recipe_by_hand():
     mean, std = 148 / 3, math.sqrt((48**2 + 100**2) / 3 - (148 / 3) ** 2)
     assert white.tolist()[0] == pytest.approx([(48 - mean) / std, (100 - mean) / std, 0.0], abs=1e-6)
     kl, mixed = torch.tensor([[0.3, 0.4, 9.0]]), torch.tensor([[-1.5 - math.log(1.1), -60 + math.log(2), 0.0]])
-    single, long, weight, clipped = minillm_loss(log_q, kl, log_q, mixed, white, two, cfg.weight, cfg.weight_single, cfg.clip_eps)
+    settings = two, cfg.weight, cfg.weight_single, cfg.clip_eps
+    single, long, weight, clipped = minillm_loss(log_q, kl, log_q, mixed, white, *settings)
     assert single.tolist()[0] == pytest.approx([0.3, 0.4, 0.0])  # 7: the exact KL, not weighted
     assert weight.tolist()[0][:2] == pytest.approx([1.1, 0.5], abs=1e-5)  # 8: w is inside of the ratio, then clipped
     a, b = white.tolist()[0][:2]
     assert a < 0 < b and long.tolist()[0] == pytest.approx([-1.1 * a, -0.5 * b, 0.0], abs=1e-5)
     assert not clipped.any()  # a < 0 with ratio above 1 - eps and b > 0 with ratio below 1 + eps keep their gradient
-    _, _, _, clipped = minillm_loss(log_q, kl, log_q, mixed, -white, two, cfg.weight, cfg.weight_single, cfg.clip_eps)
+    *_, clipped = minillm_loss(log_q, kl, log_q, mixed, -white, *settings)
     assert clipped.tolist() == [[False, True, False]]  # 8: no gradient at the first step, where w < 0.8 and A < 0
     assert cfg.normalize == "token" and cfg.pt_kd == 0.5  # 6 and 10, of which the next two tests
 
@@ -165,7 +178,8 @@ def test_half_of_the_plain_text_loss_is_kd(distill_config, tmp_path):
 
 def test_whitening_over_responses_has_mean_0_and_variance_1():
     white = whiten(rand(3, 5) * MASK, MASK, "responses")[MASK]
-    assert white.mean().item() == pytest.approx(0, abs=1e-12) and white.var(correction=0).item() == pytest.approx(1, abs=1e-6)
+    assert white.mean().item() == pytest.approx(0, abs=1e-12)
+    assert white.var(correction=0).item() == pytest.approx(1, abs=1e-6)
     assert whiten(rand(3, 5), MASK, "none").equal(rand(3, 5))
 
 
@@ -231,8 +245,9 @@ def test_three_updates_log_every_metric_and_leave_a_model(distill_config, tmp_pa
     assert [line["step"] for line in log] == [0, 1, 2, 3, 3] and "valid" in log[0] and "valid" in log[-1]
     for line in log[1:4]:
         assert set(line) == {
-            "step", "loss_single", "loss_long", "loss_pt", "reverse_kl", "reward", "weight_mean", "weight_max", "clip_fraction",
-            "response_tokens", "ended_fraction", "logp_gap", "grad_norm", "lr", "sample_seconds", "update_seconds"}
+            "step", "loss_single", "loss_long", "loss_pt", "reverse_kl", "reward", "weight_mean", "weight_max",
+            "clip_fraction", "response_tokens", "ended_fraction", "logp_gap", "grad_norm", "lr", "sample_seconds",
+            "update_seconds"}
         assert line["reverse_kl"] > 0 and line["weight_max"] <= 1.25 * 1.1 and 0 <= line["clip_fraction"] <= 1
     assert log[1]["logp_gap"] < 1e-5 and log[2]["logp_gap"] is None
     assert log[1]["weight_mean"] == pytest.approx(1, abs=0.2)
@@ -253,8 +268,8 @@ def after(tmp_path_factory, tiny_models):
         if key not in done:
             out = tmp_path_factory.mktemp("after")
             distill.distil(make(Config, dict(
-                preset="tiny", **tiny_models, out=str(out), baselines="", rollouts=16, minibatch=8, inner_epochs=2, valid_limit=2,
-                eval_every=1000, warmup_steps=1) | BASE | settings, distill.presets))
+                preset="tiny", **tiny_models, out=str(out), baselines="", rollouts=16, minibatch=8, inner_epochs=2,
+                valid_limit=2, eval_every=1000, warmup_steps=1) | BASE | settings, distill.presets))
             done[key] = torch.cat([tensor.flatten() for tensor in weights(out / "minillm").values()])
         return done[key]
     return run
@@ -262,10 +277,11 @@ def after(tmp_path_factory, tiny_models):
 
 @pytest.mark.parametrize("settings", [
     dict(single_step=False), dict(long_term=False), dict(mix_alpha=0.0), dict(mix_alpha=0.6), dict(weight="none"),
-    dict(weight="product"), dict(weight="exact"), dict(weight_single=False), dict(length_norm=False), dict(return_from="current"),
-    dict(gamma=0.5), dict(whiten="responses"), dict(whiten="all"), dict(reward_scale=2.0), dict(reward_clip=0.5),
-    dict(clip_eps=0.01), dict(inner_epochs=1), dict(pt_coef=0.0), dict(pt_coef=1.0), dict(pt_kd=0.5), dict(normalize="token"),
-    dict(lr=1e-3), dict(warmup_steps=4), dict(grad_clip=1e-3), dict(weight_decay=1.0), dict(seed=2), dict(recipe="official"),
+    dict(weight="product"), dict(weight="exact"), dict(weight_single=False), dict(length_norm=False),
+    dict(return_from="current"), dict(gamma=0.5), dict(whiten="responses"), dict(whiten="all"), dict(reward_scale=2.0),
+    dict(reward_clip=0.5), dict(clip_eps=0.01), dict(inner_epochs=1), dict(pt_coef=0.0), dict(pt_coef=1.0),
+    dict(pt_kd=0.5), dict(normalize="token"), dict(lr=1e-3), dict(warmup_steps=4), dict(grad_clip=1e-3),
+    dict(weight_decay=1.0), dict(seed=2), dict(recipe="official"),
 ], ids=lambda settings: next(f"{name}={value}" for name, value in settings.items()))
 def test_each_flag_acts(settings, after):
     assert (after(**settings) - after()).abs().max() > 1e-5
@@ -301,19 +317,22 @@ def test_a_resumed_run_ends_with_the_same_bits(dtype, distill_config, tmp_path, 
     for name, tensor in weights(tmp_path / "whole" / "minillm").items():
         assert torch.equal(tensor, weights(tmp_path / "run" / "minillm")[name])
     quiet = lambda line: {name: value for name, value in line.items() if not name.endswith("seconds")}
-    assert list(map(quiet, lines(tmp_path / "run" / "minillm"))) == list(map(quiet, lines(tmp_path / "whole" / "minillm")))
+    logs = [[quiet(line) for line in lines(tmp_path / name / "minillm")] for name in ("run", "whole")]
+    assert logs[0] == logs[1]
 
 
 def test_a_loss_that_is_no_number_is_named(distill_config, tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "single_step_loss", lambda kl, weight: kl * float("nan"))
     refused(lambda: distill.distil(distill_config()), "stopped at update 1", "loss_single is nan")
     monkeypatch.undo()
-    monkeypatch.setattr(supervised, "answer_loss", lambda *a: (torch.zeros(()), torch.tensor(math.inf, requires_grad=True)))
+    infinite = torch.tensor(math.inf, requires_grad=True)
+    monkeypatch.setattr(supervised, "answer_loss", lambda *a: (torch.zeros(()), infinite))
     refused(lambda: distill.distil(distill_config(out=str(tmp_path / "b"))), "stopped at update 1", "loss_pt is inf")
 
 
 def test_reverse_kl_falls(distill_config, tmp_path):
-    distill.distil(distill_config(steps=60, lr=1e-2, rollouts=64, minibatch=32, pt_coef=0.0, eval_every=60, valid_limit=100))
+    distill.distil(distill_config(steps=60, lr=1e-2, rollouts=64, minibatch=32, pt_coef=0.0, eval_every=60,
+                                  valid_limit=100))
     before, after = (line["valid"]["reverse_kl"] for line in lines(tmp_path / "run" / "minillm") if "valid" in line)
     assert after < 0.8 * before
 
@@ -323,8 +342,8 @@ def test_two_processes_do_what_one_does(tiny_models, tmp_path):
     logs, threads = {}, {"OMP_NUM_THREADS": "1"}
     for world in (1, 2):
         out = tmp_path / str(world)
-        settings = dict(preset="tiny", **tiny_models, out=out, baselines="", steps=4, rollouts=12, minibatch=6, inner_epochs=2,
-                        valid_limit=5, eval_seeds=2, ignore_memory="True", device="cpu")
+        settings = dict(preset="tiny", **tiny_models, out=out, baselines="", steps=4, rollouts=12, minibatch=6,
+                        inner_epochs=2, valid_limit=5, eval_seeds=2, ignore_memory="True", device="cpu")
         flags = [f"--{name}={value}" for name, value in settings.items()]
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
         done = subprocess.run([sys.executable, *launch, "distill.py", *flags], cwd=Path(distill.__file__).parent,

@@ -1,4 +1,4 @@
-"""The metrics: Rouge-L as the paper's scorer gives it, KLs that are exact at each position, loss over the right tokens."""
+"""The metrics: Rouge-L as the paper's scorer gives it, KLs exact at each position, loss over the right tokens."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from sample import sample, uniforms
 
 
 def test_rouge_l_by_hand():
-    """Longest common subsequence over stemmed words: "the cat sits on mats" and "cats sat on the mat" share "cat on mat"."""
+    """The longest common subsequence of stemmed words: these two share "cat on mat"."""
     assert rouge_l("the cat sits on mats", ["cats sat on the mat"]) == pytest.approx(100 * 3 / 5)
     assert rouge_l("the cat", ["dog", "the cat sat"]) == pytest.approx(100 * 2 * (2 / 2) * (2 / 3) / (1 + 2 / 3))
     assert rouge_l("The, CAT!", ["the cat"]) == pytest.approx(100) and rouge_l("", ["a"]) == 0
@@ -29,7 +29,8 @@ def test_exact_match_ignores_case_punctuation_and_space():
 def test_held_out_loss_counts_response_tokens_and_nothing_else(m):
     """Against a loop over single tokens; unequal lengths, so that a mean of means would differ."""
     gpt = random_gpt()
-    examples = [Example(Row("a"), [1, 2, 3], [4, 5, 6, 10]), Example(Row("b"), [7], [8, 10]), Example(Row("c"), [9, 9], [10])]
+    examples = [Example(Row("a"), [1, 2, 3], [4, 5, 6, 10]), Example(Row("b"), [7], [8, 10]),
+                Example(Row("c"), [9, 9], [10])]
     total, count = 0.0, 0
     for e in examples:
         for t, token in enumerate(e.response):
@@ -86,7 +87,7 @@ def test_right_answers_are_counted_only_if_they_end(tiny_models, m, monkeypatch)
         return rollout
 
     monkeypatch.setattr(evaluation, "sample", gold)
-    means, answers = evaluate(student, tokenizer, examples, m, max_response_tokens=16)
+    means, _ = evaluate(student, tokenizer, examples, m, max_response_tokens=16)
     assert means["valid"] == [75.0] and means["rouge_l"] == [100.0] and means["exact_match"] == [100.0]
     assert means["distinct"] == [100.0]
 

@@ -1,4 +1,4 @@
-"""By enumeration of every answer: which equations have the gradient of KL[q || p], and by how much the others miss it."""
+"""By enumeration of every answer: which equations have the gradient of KL[q || p], and how far the others are."""
 
 import pytest
 import torch
@@ -9,7 +9,8 @@ from oracle import ESTIMATORS, MASK, RESPONSE, answer_gradients, compare, exact_
 
 def test_all_answers_are_there_once():
     assert len({tuple(r[m].tolist()) for r, m in zip(RESPONSE, MASK)}) == len(RESPONSE) == 1 + 2 + 4 * 3
-    probability, _ = answer_gradients(torch.randn(7, 3, requires_grad=True, dtype=torch.float64), torch.randn(7, 3).double())
+    student, teacher = torch.randn(2, 7, 3, dtype=torch.float64)
+    probability, _ = answer_gradients(student.requires_grad_(), teacher)
     assert probability.sum().item() == pytest.approx(1)
 
 

@@ -33,14 +33,15 @@ def test_answers_come_with_the_frequencies_of_eq_4(mix_alpha, m):
     student, teacher = pair(vocab_size=5, eos_token_id=4)
     n, prompt = 40_000, [1, 2]
     rollout = sample(student, [prompt] * n, uniforms(0, range(n), 2), m, teacher, mix_alpha, batch_size=n)
-    answers, counts = np.unique([tuple(a) for a in map(lambda a: (a + [-1])[:2], rollout.answers)], axis=0, return_counts=True)
+    answers, counts = np.unique([(a + [-1])[:2] for a in rollout.answers], axis=0, return_counts=True)
     expected = {}
     for first in range(5):
         p1 = sum(w * rescored(g, prompt, [first])[0].exp() for w, g in ((mix_alpha, teacher), (1 - mix_alpha, student)))
         if first == 4:
             expected[(4, -1)] = p1[0, 4].item()
             continue
-        two = sum(w * rescored(g, prompt, [first, 0])[0].exp() for w, g in ((mix_alpha, teacher), (1 - mix_alpha, student)))
+        weighted = (mix_alpha, teacher), (1 - mix_alpha, student)
+        two = sum(weight * rescored(gpt, prompt, [first, 0])[0].exp() for weight, gpt in weighted)
         expected |= {(first, second): (p1[0, first] * two[1, second]).item() for second in range(5)}
     assert abs(sum(expected.values()) - 1) < 1e-5 and set(map(tuple, answers)) <= set(expected)
     observed = dict(zip(map(tuple, answers), counts))
@@ -62,14 +63,13 @@ def test_what_is_kept_of_the_one_pass_equals_a_plain_forward_pass(m):
         log_q, _ = rescored(student, prompt, answer)
         log_p, hidden = rescored(teacher, prompt, answer)
         n, chosen = len(answer), torch.tensor(answer)[:, None]
-        close = lambda got, want: torch.testing.assert_close(got[i, :n], want, atol=1e-5, rtol=0)
-        close(rollout.student_logp, log_q.gather(1, chosen).squeeze(1))
-        close(rollout.teacher_logp, log_p.gather(1, chosen).squeeze(1))
-        close(rollout.mixed_logp, (0.2 * log_p.exp() + 0.8 * log_q.exp()).log().gather(1, chosen).squeeze(1))
-        close(rollout.reverse_kl, (log_q.exp() * (log_q - log_p)).sum(1))
-        close(rollout.teacher_hidden, hidden)
-    for values in (rollout.response, rollout.student_logp, rollout.teacher_logp, rollout.mixed_logp, rollout.reverse_kl):
-        assert not values[~rollout.response_mask].any()
+        want = {"student_logp": log_q.gather(1, chosen).squeeze(1), "teacher_logp": log_p.gather(1, chosen).squeeze(1),
+                "mixed_logp": (0.2 * log_p.exp() + 0.8 * log_q.exp()).log().gather(1, chosen).squeeze(1),
+                "reverse_kl": (log_q.exp() * (log_q - log_p)).sum(1), "teacher_hidden": hidden}
+        for name, values in want.items():
+            torch.testing.assert_close(getattr(rollout, name)[i, :n], values, atol=1e-5, rtol=0)
+    for name in ("response", "student_logp", "teacher_logp", "mixed_logp", "reverse_kl"):
+        assert not getattr(rollout, name)[~rollout.response_mask].any()
 
 
 def test_an_answer_ends_with_its_end_token_and_the_end_token_counts(m):
@@ -92,7 +92,8 @@ def test_an_end_token_in_the_prompt_ends_nothing(m):
 def test_an_answer_does_not_depend_on_its_company(batch_size, m):
     """Nor on the batch it is decoded in, nor on rows that leave, nor on the length that was allowed."""
     student, teacher = pair()
-    draw = lambda length, size: sample(student, PROMPTS, uniforms(7, range(5), length), m, teacher, 0.5, size, keep_hidden=True)
+    draw = lambda length, size: sample(student, PROMPTS, uniforms(7, range(5), length), m, teacher, 0.5, size,
+                                       keep_hidden=True)
     whole, parts, longer = draw(9, 64), draw(9, batch_size), draw(20, batch_size)
     assert whole.answers == parts.answers
     torch.testing.assert_close(whole.mixed_logp, parts.mixed_logp, atol=1e-5, rtol=0)
@@ -196,5 +197,6 @@ def test_frozen_models_in_bfloat16_keep_the_log_probs_that_they_draw_from(tmp_pa
     rollout = sample(student, PROMPTS, uniforms(0, range(5), 8), m, teacher, 0.2, keep_hidden=True)
     assert rollout.student_logp.dtype == torch.float32 and rollout.teacher_hidden.dtype == torch.bfloat16
     with m.autocast():
-        again = teacher.logits(rollout.teacher_hidden).log_softmax(-1).gather(-1, rollout.response[..., None]).squeeze(-1)
+        again = teacher.logits(rollout.teacher_hidden).log_softmax(-1)
+        again = again.gather(-1, rollout.response[..., None]).squeeze(-1)
     torch.testing.assert_close(again[rollout.response_mask], rollout.teacher_logp[rollout.response_mask])

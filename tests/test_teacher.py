@@ -55,7 +55,8 @@ def test_splitting_the_batch_changes_nothing(config, tmp_path):
         supervised.main(config(out=str(tmp_path / str(size)), micro_batch=size, updates=2, evals=1))
     for size in (1, 4):
         for split, whole in zip(lines(tmp_path / str(size)), lines(tmp_path / "6")):
-            assert [split[k] for k in ("loss", "grad_norm")] == pytest.approx([whole[k] for k in ("loss", "grad_norm")], rel=1e-4)
+            for name in ("loss", "grad_norm"):
+                assert split[name] == pytest.approx(whole[name], rel=1e-4)
 
 
 # ---- the recipe -----------------------------------------------------------------------------------------------------
@@ -117,7 +118,8 @@ def test_a_resumed_run_ends_with_the_same_bits(config, tmp_path, monkeypatch):
         file.write('{"step": 5, "loss": 1.0}\n{"st')  # what a killed process wrote behind its checkpoint
     monkeypatch.undo()
     supervised.main(config(dropout=0.2, resume=True))
-    assert all(torch.equal(tensor, weights(tmp_path / "run")[name]) for name, tensor in weights(tmp_path / "whole").items())
+    resumed = weights(tmp_path / "run")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in weights(tmp_path / "whole").items())
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
     assert not (tmp_path / "run" / "state.pt").exists()
 
@@ -151,7 +153,8 @@ def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
 # ---- what it can be trained on --------------------------------------------------------------------------------------
 
 def test_a_new_model_learns_plain_text(config, tmp_path):
-    results = supervised.main(config(model="1x2x8", data="tiny-text", updates=3, evals=1, max_tokens=16, max_prompt_tokens=8))
+    text = dict(data="tiny-text", max_tokens=16, max_prompt_tokens=8)
+    results = supervised.main(config(model="1x2x8", updates=3, evals=1, **text))
     assert results["best"]["loss"] > 0 and "rouge_l" not in results["best"]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["n_positions"] == 64
 
@@ -169,6 +172,8 @@ def test_settings_that_cannot_work(config, tmp_path, tiny_models):
     refused(lambda: supervised.main(config(model=str(tmp_path))), "has no config.json")
     refused(lambda: supervised.main(config(model="1x3x8")), "width of 8 does not divide into 3 heads")
     save(random_gpt(vocab_size=77), tmp_path / "other")
-    refused(lambda: supervised.main(config(teacher=str(tmp_path / "other"))), "the teacher has 77 tokens", "one vocabulary")
+    refused(lambda: supervised.main(config(teacher=str(tmp_path / "other"))), "the teacher has 77 tokens",
+            "one vocabulary")
     assert not (tmp_path / "run").exists()  # a mistake leaves nothing behind
-    refused(lambda: supervised.main(config(data="tiny-text", max_tokens=1000)), "1000 tokens do not fit", "64 positions")
+    refused(lambda: supervised.main(config(data="tiny-text", max_tokens=1000)), "1000 tokens do not fit",
+            "64 positions")
