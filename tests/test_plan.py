@@ -1,0 +1,61 @@
+"""The plan: what it adds up from steps measured on one and two layers, and the shapes it counts bytes by."""
+
+import torch
+from conftest import random_gpt
+
+import distill
+import plan
+from config import Machine
+from model import GPTConfig, frozen, new_config
+from plan import Measured, decode_bytes, frozen_bytes, measure
+
+COST = Measured(layer=2.0, output=3.0, layer_forward=0.5, layer_bytes=10.0, step_layer=0.1, step_output=0.2,
+                update_layer=0.3, update_output=0.4)
+
+
+def test_a_cost_grows_with_layers_samples_and_tokens():
+    assert COST.train(layers=4, samples=5, tokens=7, predicted=2) == 5 * (7 * 4 * 2.0 + 2 * 3.0)
+    assert COST.judge(layers=4, samples=5, tokens=7, predicted=2) == 5 * (7 * 4 * 0.5 + 2 * 3.0 / 3)
+    assert COST.step(4) == 4 * 0.1 + 0.2 and COST.update(4) == 4 * 0.3 + 0.4
+
+
+def test_what_is_measured_is_not_negative_and_activations_are_those_of_a_layer(m):
+    config = GPTConfig(2, 2, 16, 50, 64)
+    cost = measure(config, m, rows=4, prompt_tokens=8, answer_tokens=24, sample_batch=4)
+    assert min(vars(cost).values()) >= 0 and cost.layer_bytes > 0
+    # float32 kept for the backward pass of a layer: of width D at least the inputs of its 2 norms and 4 matrices
+    # (D, D, D, D, D, 4D) and q, k, v; at most a score for each of 32 tokens and 2 heads besides
+    assert 4 * (5 + 4 + 3) * 16 <= cost.layer_bytes <= 4 * (40 * 16 + 2 * 32)
+
+
+def test_the_bytes_of_a_frozen_model_are_those_it_holds():
+    gpt = random_gpt(n_embd=32, vocab_size=300)
+    for dtype in (torch.float32, torch.bfloat16):
+        light = frozen(gpt, dtype)
+        held = [*light.parameters()] + [light.frozen_head] * (light.frozen_head is not None)
+        actual = sum(tensor.nbytes for tensor in held)
+        assert abs(frozen_bytes(gpt.config, Machine(torch.device("cpu"), dtype)) / actual - 1) < 0.02  # biases, norms
+
+
+def test_the_bytes_of_decoding_hold_both_caches(m):
+    config = GPTConfig(2, 2, 16, 50, 64)
+    one, two = decode_bytes([config], m, rows=3, tokens=20), decode_bytes([config, config], m, rows=3, tokens=20)
+    assert two - one == 2 * 2 * 16 * 3 * 20 * 4  # layers, keys and values, width, rows, tokens, float32
+
+
+def test_a_stage_that_is_done_is_not_planned_again(distill_config, tmp_path, m):
+    work, cfg = distill.stages(distill_config(teacher="1x2x12", student="1x2x8", baselines="sft,seqkd"))
+    stages = lambda: [line.stage for line in plan.Draft(cfg, work, m).lines()]
+    assert stages() == ["teacher", "init", "sft", "answers", "seqkd", "minillm", "evaluate"]
+    for name in ("teacher", "minillm"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "results.json").write_text("{}")
+    (tmp_path / "run" / "answers.jsonl").write_text("")
+    assert stages() == ["init", "sft", "seqkd", "evaluate"]
+
+
+def test_models_that_do_not_exist_yet_have_the_shape_they_will_have(distill_config, m):
+    work, cfg = distill.stages(distill_config(teacher="1x2x12", student="1x2x8"))
+    draft = plan.Draft(cfg, work, m)
+    assert cfg.student.endswith("init") and draft.root(cfg.student) == "1x2x8"
+    assert draft.shape(cfg.student)[0] == new_config("1x2x8", draft.tokenizer)
