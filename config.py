@@ -2,7 +2,7 @@
 
 A script's settings are one frozen dataclass. `flag(default, help)` declares a field, `run(main, Config)` reads
 `--name=value` flags into it, and a user's mistake ends in one line and exit code 2. Tests, notebooks and exercises
-skip the command line and write `Config(steps=3)`.
+skip the command line and write `Config(steps=3)`; settings that imply others, as a recipe does, go through `make`.
 
 Run:      python distill.py --help
 Left out: YAML files and a registry of settings (each script shows its own defaults); sub-commands (a script is one).
@@ -19,6 +19,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -111,9 +112,11 @@ def run(main: Callable, Config: type, presets: Callable[[dict], dict] | None = N
     cfg = parse(Config, sys.argv[1:], presets)
     try:
         main(cfg)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("MINILLM_DEBUG"):
             raise
+        if isinstance(error, torch.OutOfMemoryError):
+            error = "out of memory on the GPU: lower --micro_batch, --batch_size or --sample_batch, where there is one"
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -177,14 +180,18 @@ def machine(device: str = "auto", dtype: str = "auto", vocab_chunk: int | None =
         raise UserError(f"--device={device} is no device; use cpu, cuda or cuda:1") from None
     if place.type not in ("cpu", "cuda"):
         raise UserError(f"--device={device} is not supported; use cpu or cuda")
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device={device}, but this PyTorch sees no CUDA device; use --device=cpu")
-    if device == "cuda" and world > 1:
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     if place.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device={device}, but this PyTorch sees no CUDA device; use --device=cpu")
+        if world > 1 and place.index is not None:
+            raise UserError(f"--device={device} is one GPU for {world} processes; give --device=cuda, one for each")
+        index = int(os.environ.get("LOCAL_RANK", 0)) if place.index is None else place.index
+        if index >= torch.cuda.device_count():
+            raise UserError(f"there is no GPU number {index}: this machine has {torch.cuda.device_count()}, from 0 on")
+        place = torch.device("cuda", index)
         torch.cuda.set_device(place)
+    if world > 1 and not dist.is_initialized():  # all wait while one tokenises plain text, hence the hours
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     if dtype == "auto":
         native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # private in 2.13, hence the default
         if place.type == "cuda":
@@ -208,11 +215,15 @@ def written_aside(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
-def read_json(path: Path):
+def read_json(path: Path) -> dict:
+    """The object in a .json file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise UserError(f"{path} is not JSON: remove it") from None
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object: remove it, or fetch it again")
+    return value
 
 
 def write_json(path: Path, value) -> None:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor
 
 import world
-from config import Machine, UserError, check, flag, run, written_aside
-from model import fetch, missing
+from config import Machine, UserError, check, flag, read_json, run, written_aside
+from model import fetch, missing, read_config
 
 # The paper's prompt template, verbatim (it is Alpaca's).
 WITHOUT_INPUT = (
@@ -120,6 +121,8 @@ def read_row(line: bytes, need_output: bool) -> Row:
         raise UserError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
     except json.JSONDecodeError as error:
         raise UserError(f"not JSON ({error.msg} at column {error.colno}); is the line cut off?") from None
+    except ValueError as error:
+        raise UserError(f"not JSON that can be read ({error})") from None
     except RecursionError:
         raise UserError("JSON nested too deeply") from None
     if not isinstance(raw, dict):
@@ -209,12 +212,19 @@ def tokenizer_for(data: str) -> tiktoken.Encoding:
 
 
 def load_tokenizer(model: str) -> tiktoken.Encoding:
-    """The tokenizer of a model: words if it is a folder whose tokenizer.json says so, else GPT-2's."""
-    path = Path(model) / "tokenizer.json"
-    raw = json.loads(path.read_text(encoding="utf-8"))["model"] if path.is_file() else {}
-    if raw.get("type") != "WordLevel":
-        return gpt2_tokenizer()
-    return word_tokenizer([word for word in sorted(raw["vocab"], key=raw["vocab"].get) if word != END])
+    """The tokenizer of a model: words if it is a folder whose tokenizer.json says so, else GPT-2's.
+
+    Raises UserError if the model is not there, or was made for another vocabulary."""
+    config, path = read_config(model), Path(model) / "tokenizer.json"
+    raw = read_json(path).get("model", {}) if path.is_file() else {}
+    if raw.get("type") == "WordLevel":
+        tokenizer = word_tokenizer([word for word in sorted(raw["vocab"], key=raw["vocab"].get) if word != END])
+    else:
+        tokenizer = gpt2_tokenizer()
+    if (config.vocab_size, config.eos_token_id) != (tokenizer.n_vocab, tokenizer.eot_token):
+        raise UserError(f"{model}: its config.json has {config.vocab_size} tokens and ends answers with number "
+                        f"{config.eos_token_id}; its tokenizer has {tokenizer.n_vocab} and {tokenizer.eot_token}")
+    return tokenizer
 
 
 def encode(tokenizer: tiktoken.Encoding, texts: list[str]) -> list[list[int]]:
@@ -277,7 +287,27 @@ def halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 def is_text(name: str) -> bool:
     """Whether a name of data means plain text rather than instructions."""
+    if name == "tiny" or name in HUB_SETS:
+        return False
     return name == "tiny-text" or name.startswith("openwebtext") or name.endswith(".txt") or Path(name).is_dir()
+
+
+def text_files(name: str) -> list[Path]:
+    """The .txt files that a name of plain text means; none for a name on the hub. Raises UserError for what is not
+    there, and where the package is missing that reads OpenWebText."""
+    if name == "tiny-text":
+        return []
+    if re.fullmatch(r"openwebtext(:[1-9]\d*)?", name):
+        if find_spec("pyarrow") is None:
+            raise UserError(f"{name} is stored as parquet: `pip install pyarrow`; or give a .txt file, or go without "
+                            "plain text by --pt_coef=0")
+        return []
+    path = Path(name)
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise UserError(f"{name}: there is no such text file, nor a folder with .txt files (tiny-text and openwebtext "
+                        "are known by name)")
+    return files
 
 
 def load_corpus(name: str, tokenizer: tiktoken.Encoding, folder: Path, m: Machine) -> np.ndarray:
@@ -285,21 +315,17 @@ def load_corpus(name: str, tokenizer: tiktoken.Encoding, folder: Path, m: Machin
 
     name: "tiny-text", "openwebtext" ("openwebtext:3" for three of its 306 MB files), a .txt file or a folder of them. A
     line that is exactly <|endoftext|> parts two documents. Files are tokenised once, into `folder`, and then mapped."""
+    files = text_files(name)
     if name == "tiny-text":
         lines = encode(tokenizer, world.text())
         return np.array([token for line in lines for token in [*line, tokenizer.eot_token]], np.uint16)
-    if re.fullmatch(r"openwebtext(:[1-9]\d*)?", name):
+    if not files:
         names = [f"plain_text/partial-train/{n:04d}.parquet" for n in range(int(name.partition(":")[2] or 1))]
         files = [fetch("Skylion007/openwebtext", file, "dataset", "refs/convert/parquet") for file in names]
         if None in files:
             raise missing("Skylion007/openwebtext", names[files.index(None)])
         documents = parquet_documents(files)
     else:
-        path = Path(name)
-        files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-        if not files or not all(file.is_file() for file in files):
-            raise UserError(f"--corpus={name}: there is no such text file, nor a folder with .txt files "
-                            "(tiny-text and openwebtext are known by name)")
         documents = text_documents(files)
     key = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files] + [tokenizer.name])
     path = folder / f"{Path(name).stem}-{hashlib.sha1(key.encode()).hexdigest()[:12]}.bin"
@@ -311,7 +337,7 @@ def load_corpus(name: str, tokenizer: tiktoken.Encoding, folder: Path, m: Machin
                     np.array(tokens + [tokenizer.eot_token] * last, np.uint16).tofile(file)
     m.barrier()
     if path.stat().st_size < 4:
-        raise UserError(f"--corpus={name}: there is no text in it")
+        raise UserError(f"{name}: there is no text in it")
     corpus = np.memmap(path, np.uint16, "r")
     m.say(f"corpus {name}: {len(corpus):,} tokens")
     return corpus
@@ -342,11 +368,7 @@ def text_documents(files: list[Path]) -> Iterator[tuple[str, bool]]:
 
 
 def parquet_documents(files: list[Path]) -> Iterator[tuple[str, bool]]:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError("--corpus=openwebtext is stored as parquet: `pip install pyarrow`; or give --corpus=FILE.txt, "
-                        "or go without by --pt_coef=0") from None
+    from pyarrow import parquet
     for path in files:
         for batch in parquet.ParquetFile(path).iter_batches(1000, columns=["text"]):
             yield from ((text, True) for text in batch.column(0).to_pylist() if text)

@@ -27,7 +27,7 @@ import plan as planning
 import sample as sampling
 import teacher as supervised
 from config import Machine, UserError, check, clock, flag, machine, make, read_json, run, write_json, write_lines
-from model import GPT, by_chunks, frozen, is_shape, load, predicting
+from model import GPT, by_chunks, frozen, is_shape, load, predicting, same_vocabulary
 from sample import Rollout, sample, taken, uniforms
 
 # ---- the equations, in the paper's order ----------------------------------------------------------------------------
@@ -130,6 +130,7 @@ class Config:
     teacher: str = flag("2x4x96", "p: a folder, gpt2 ... gpt2-xl, OWNER/NAME, or LAYERSxHEADSxWIDTH for a new one")
     student: str = flag("1x2x12", "q: likewise")
     data: str = flag("tiny", "instructions, D: tiny, dolly or FILE.jsonl")
+    test_data: str | None = flag(None, "evaluate on this set at the end; default --data, a FILE.jsonl's held-out tenth")
     corpus: str = flag("tiny-text", "plain text, D_PT: tiny-text, openwebtext, FILE.txt or a folder of them")
     out: str = flag("out/tiny", "folder of all stages")
     baselines: str = flag("sft,kd,seqkd", "train these too, of sft, kd and seqkd; empty for none")
@@ -157,8 +158,8 @@ class Config:
     reward_clip: float = flag(math.inf, "largest |r_t| once scaled")
     whiten: Literal["none", "responses", "all"] = flag("none", "whiten R over response positions, or padding too")
     clip_eps: float = flag(0.2, "epsilon of Algorithm 1's clipping; inf for none")
-    normalize: Literal["sequence", "token"] = flag("sequence", "mean over sequences of sums, or mean over tokens")
-    pt_coef: float = flag(0.1, "factor on L_PT; the paper's is 1, but its student knows D_PT beforehand")
+    normalize: Literal["token", "sequence"] = flag("token", "mean over tokens; or over sequences, of sums")
+    pt_coef: float = flag(0.2, "factor on L_PT; the paper's is 1, but its student knows D_PT beforehand")
     pt_kd: float = flag(0.0, "share of KL[p || q] in L_PT")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
     weight_decay: float = flag(1e-6, "of AdamW")
@@ -195,6 +196,12 @@ class Config:
             if name not in ("sft", "kd", "seqkd"):
                 raise UserError(f"--baselines={self.baselines}: {name!r} is none of sft, kd and seqkd")
 
+    @property
+    def test_split(self) -> tuple[str, str]:
+        """The set of the final evaluation, and which rows of it: of a user's file those that nothing was trained on."""
+        held_out = self.data.endswith(".jsonl") and not self.test_data
+        return self.test_data or self.data, "valid" if held_out else "test"
+
 
 # Appendix B.1; warm-up, weight decay and betas are the released scripts', for the paper does not name them.
 PAPER = dict(teacher="gpt2-xl", student="gpt2", data="dolly", corpus="openwebtext", baselines="", steps=5000, lr=5e-6,
@@ -202,15 +209,15 @@ PAPER = dict(teacher="gpt2-xl", student="gpt2", data="dolly", corpus="openwebtex
              select="rouge_l", micro_batch=8, sample_batch=64, log_every=1, dtype="auto")
 # What the released code computes; README, "Where we differ".
 OFFICIAL = dict(gamma=0.95, return_from="current", whiten="all", reward_scale=2.0, reward_clip=100.0,
-                weight_single=False, normalize="token", pt_kd=0.5)
+                weight_single=False, pt_kd=0.5)
 # The supervised stages of the built-in world. One of very many right answers is the reference there, and Rouge-L with
 # it is chance: the last weights are kept.
-TINY = dict(batch_size=64, micro_batch=64, log_every=200)
+TINY = dict(batch_size=64, log_every=200)
 TINY_TEACHER = TINY | dict(updates=800, lr=6e-3, batch_size=32, select="last", evals=1)
 TINY_INIT = TINY | dict(updates=1000, lr=1.2e-2, evals=4)
 TINY_BASELINE = TINY | dict(lr=6e-3, select="last", evals=4)
 FREE = {"resume", "device", "log_every", "micro_batch", "sample_batch", "vocab_chunk", "out", "plan", "ignore_memory",
-        "baselines", "eval_seeds"}  # flags that do not change what phase 2 learns
+        "baselines", "eval_seeds", "test_data"}  # flags that do not change what phase 2 learns
 
 
 def presets(given: dict) -> dict:
@@ -270,17 +277,17 @@ def distil(cfg: Config) -> dict:
     corpus = data.load_corpus(cfg.corpus, tokenizer, out.parent / "corpus", m) if cfg.pt_coef else None
     corpus = data.Pieces(corpus, cfg.max_tokens) if cfg.pt_coef else []
     student, teacher = load(cfg.student, m.device), frozen(load(cfg.teacher, m.device), m.dtype)
-    supervised.same_vocabulary(student, teacher)
+    same_vocabulary(student.config, teacher.config)
     optimizer, scaler = supervised.optimizer_of(student, m, (0.9, 0.95), cfg.weight_decay)
     step, best = supervised.load_state(out, cfg, student, optimizer, scaler, m)
     answer_tokens = cfg.max_tokens - cfg.max_prompt_tokens
     mine = [i for i in range(cfg.rollouts) if i % cfg.minibatch % m.world == m.rank]  # the answers of this process
     place = {i: n for n, i in enumerate(mine)}
-    began, first, validated = time.perf_counter(), step, step - (step == 0)
+    began, first, validated = time.perf_counter(), step, step if best else -1  # a state is saved once it is validated
 
     while True:
         # 3 validate, keep the best, save
-        if validated // cfg.eval_every < step // cfg.eval_every or step == cfg.steps:
+        if validated // cfg.eval_every < step // cfg.eval_every or validated < step == cfg.steps:
             scores, answers = supervised.validate(student, tokenizer, valid, m, cfg, teacher)
             supervised.log(out, m, {"step": step, "valid": scores})
             shown = "".join(f"  {name} {value:.2f}" for name, value in scores.items())
@@ -321,7 +328,8 @@ def distil(cfg: Config) -> dict:
             started, tokens, advantage = time.perf_counter(), sum(lengths[i] for i in batch), torch.zeros_like(R)
             advantage[batch] = whiten(R[batch], mask[batch], cfg.whiten)
             advantage = advantage[mine]
-            # one normaliser for the whole minibatch, however it is split: M of Algorithm 1, or the number of tokens
+            # one normaliser for the whole minibatch, however it is split: its tokens, not the M of Algorithm 1. For
+            # answers that is a factor, but under M a piece of D_PT outweighs an answer by being longer
             by_token = cfg.normalize == "token"
             divisor = tokens if by_token else cfg.minibatch
             pt_divisor = cfg.minibatch * (corpus.length - 1 if by_token and corpus else 1)
@@ -367,7 +375,8 @@ def distil(cfg: Config) -> dict:
                     "reward": reward[batch].sum().item() / cfg.minibatch, "weight_mean": sums["weight"] / tokens,
                     "weight_max": weight_max.item(), "clip_fraction": sums["clipped"] / tokens,
                     "response_tokens": tokens / cfg.minibatch, "ended_fraction": ended[batch, 0].mean().item(),
-                    "logp_gap": sums["gap"] / tokens if number == 0 else None, "grad_norm": norm, "lr": lr,
+                    "logp_gap": sums["gap"] / tokens if number == 0 else None,
+                    "grad_norm": norm if math.isfinite(norm) else None, "lr": lr,
                     "sample_seconds": sample_seconds if number == 0 else 0.0,
                     "update_seconds": time.perf_counter() - started}
             supervised.log(out, m, line)
@@ -390,17 +399,25 @@ def is_raw(name: str, choice: str) -> bool:
 
 
 def stages(cfg: Config) -> tuple[list[tuple[str, Callable, object]], Config]:
-    """What comes before phase 2 and beside it, as (name, main, its Config); and cfg with the names of the results."""
+    """What comes before phase 2 and beside it, as (name, main, its Config); and cfg with the names of the results.
+
+    Raises UserError for a stage that cannot be skipped, or that would overwrite what it begins with."""
     out, tiny, work = Path(cfg.out), cfg.preset == "tiny", []
     common = {name: getattr(cfg, name) for name in ("data", "max_prompt_tokens", "max_tokens", "valid_limit", "seed",
-                                                    "vocab_chunk", "resume", "device", "dtype")}
+                                                    "micro_batch", "sample_batch", "vocab_chunk", "resume", "device",
+                                                    "dtype")}
 
     def train(name: str, **settings) -> str:
         settings = common | {"out": str(out / name)} | settings
+        if Path(settings["model"]) == Path(settings["out"]):
+            raise UserError(f"{name} would begin with {settings['model']} and be written there: give another --out")
         work.append((name, supervised.main, make(supervised.Config, settings, supervised.presets)))
         return settings["out"]
 
     teacher, student = cfg.teacher, cfg.student
+    for name, choice in (("teacher", "finetune_teacher"), ("student", "init_student")):
+        if is_shape(getattr(cfg, name)) and getattr(cfg, choice) == "no":
+            raise UserError(f"--{name}={getattr(cfg, name)} is new and has to be trained: leave --{choice} as it is")
     if is_raw(teacher, cfg.finetune_teacher):
         teacher = train("teacher", model=teacher, **TINY_TEACHER if tiny else {})
     if is_raw(student, cfg.init_student):
@@ -423,7 +440,16 @@ def stages(cfg: Config) -> tuple[list[tuple[str, Callable, object]], Config]:
 
 
 def answer_once(cfg: sampling.Config) -> None:
-    if not Path(cfg.out).is_file():
+    """Writes the teacher's answers, unless they are there. Raises UserError if they were made with other flags."""
+    m, answers, beside = machine(cfg.device, cfg.dtype), Path(cfg.out), Path(cfg.out).with_suffix(".json")
+    made_with = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE | {"batch_size"}}
+    there = answers.is_file()
+    if there and (not beside.is_file() or read_json(beside) != made_with):
+        raise UserError(f"{answers} was made with another teacher, seed or length: choose another --out, or remove it")
+    m.barrier()  # all have looked before one writes
+    if not there:
+        if m.rank == 0:
+            write_json(beside, made_with)
         sampling.main(cfg)
 
 
@@ -440,14 +466,15 @@ def main(cfg: Config) -> list[dict]:
         m.say(f"-- {name}: {clock(time.perf_counter() - began)}\n")
     distil(cfg)
 
-    # every model that this run has made, on the test split
+    # every model that this run has made, on rows that none has seen
     made = {"teacher": cfg.teacher, "init": cfg.student}
     made |= {name: str(out / name) for name in ("sft", "kd", "seqkd", "minillm")
              if (out / name / "results.json").is_file()}
-    rows = []
+    (test, split), rows = cfg.test_split, []
     for method, model in made.items():
         scores = evaluation.main(evaluation.Config(
-            model=model, data=cfg.data, teacher=cfg.teacher, seeds=cfg.eval_seeds, out=str(out / "test" / method),
+            model=model, data=test, split=split, teacher=cfg.teacher, seeds=cfg.eval_seeds,
+            out=str(out / "test" / method),
             max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_tokens - cfg.max_prompt_tokens,
             batch_size=cfg.sample_batch, device=cfg.device, dtype=cfg.dtype))["scores"]
         spread = {name: float(np.std(values, ddof=1)) for name, values in scores.items() if len(values) > 1}

@@ -20,9 +20,9 @@ import torch
 
 import data
 import world
-from config import Machine, check, flag, machine, read_json, run, write_json, write_lines
+from config import Machine, UserError, check, flag, machine, read_json, run, write_json, write_lines
 from data import Example
-from model import GPT, by_chunks, frozen, load, predicting, read_config
+from model import GPT, by_chunks, frozen, load, predicting, same_vocabulary
 from sample import room_for_answers, sample, taken, uniforms
 
 
@@ -108,6 +108,7 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
 class Config:
     model: str = flag("out/tiny/minillm", "what to evaluate: a folder, gpt2 ... gpt2-xl, OWNER/NAME on the hub")
     data: str | None = flag(None, "instruction set or FILE.jsonl; default tiny for a model of that world, else dolly")
+    split: Literal["test", "valid"] = flag("test", "which rows of it; a FILE.jsonl is its own test split, whole")
     teacher: str | None = flag(None, "measure reverse and forward KL to this model")
     seeds: int = flag(5, "number of seeds, of 10, 20, 30 ...")
     limit: int | None = flag(None, "use the first so many prompts only")
@@ -128,15 +129,18 @@ def main(cfg: Config) -> dict:
     given = asdict(cfg) | {"batch_size": None, "device": None, "weights": [stamp(cfg.model), stamp(cfg.teacher)]}
     if cfg.out and (Path(cfg.out) / "results.json").is_file():
         results = read_json(Path(cfg.out) / "results.json")
+        if "given" not in results:
+            raise UserError(f"--out={cfg.out} holds results of something else: give a folder of its own")
         if results["given"] == given:
             m.say(f"{cfg.out}: evaluated earlier, kept")
             return results
-    read_config(cfg.model)  # a wrong name is told before the data are fetched
     name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
-    longest = cfg.max_prompt_tokens + (cfg.max_response_tokens or 256)
-    examples = data.load_examples(name, "test", tokenizer, cfg.max_prompt_tokens, longest, m.say)[: cfg.limit]
     model = load(cfg.model, m.device)
     teacher = frozen(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
+    if teacher:
+        same_vocabulary(model.config, teacher.config)
+    longest = min(cfg.max_prompt_tokens + (cfg.max_response_tokens or 256), model.config.n_positions)
+    examples = data.load_examples(name, cfg.split, tokenizer, cfg.max_prompt_tokens, longest, m.say)[: cfg.limit]
     seeds = [10 * (n + 1) for n in range(cfg.seeds)]
     room = cfg.max_response_tokens or room_for_answers(model, [e.prompt for e in examples])
     means, answers = evaluate(model, tokenizer, examples, m, teacher, seeds, room, cfg.batch_size, forward=True,
@@ -156,8 +160,8 @@ def main(cfg: Config) -> dict:
 
 def stamp(model: str | None) -> int | None:
     """When the weights of a folder were written; a result is kept only for the weights that it was made with."""
-    path = Path(model or "") / "model.safetensors"
-    return path.stat().st_mtime_ns if path.is_file() else None
+    files = [*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")] if model and Path(model).is_dir() else []
+    return max((path.stat().st_mtime_ns for path in files), default=None)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Left out: other families (OPT and LLaMA add names, not ideas); tensor parallelis
 import json
 import math
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError, written_aside
+from config import UserError, read_json, written_aside
 
 
 @dataclass(frozen=True)
@@ -263,10 +264,7 @@ def read_config(name: str) -> GPTConfig:
     path = fetch(name, "config.json")
     if path is None:
         raise missing(name, "config.json")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path} is not JSON: fetch it again") from None
+    raw = read_json(path)
     for key, allowed in SUPPORTED.items():
         if raw.get(key, allowed[0]) not in allowed:
             raise UserError(f"{name}: this is written for GPT-2, but its config.json says {key}={raw[key]!r}")
@@ -282,7 +280,7 @@ def weight_files(name: str) -> list[Path]:
         if path := fetch(name, whole):
             return [path]
         if index := fetch(name, whole + ".index.json"):
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
             paths = [fetch(name, shard) for shard in shards]
             if None in paths:
                 raise missing(name, f"{shards[paths.index(None)]}, which its index names")
@@ -298,10 +296,11 @@ def read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
             with safe_open(path, "pt") as file:
                 yield from ((key, file.get_tensor(key)) for key in file.keys())
         else:
-            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+            mmap = zipfile.is_zipfile(path)  # files of before 2020 are not
+            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=mmap).items()
     except Exception as error:  # each reader has its own errors for a broken file, and they all mean this
         raise UserError(f"{path} is damaged or incomplete: remove it and fetch it again "
-                        f"({type(error).__name__}: {str(error).splitlines()[0][:80]})") from None
+                        f"({type(error).__name__}: {str(error).partition(chr(10))[0][:80]})") from None
 
 
 def load(name: str, device: torch.device | str = "cpu") -> GPT:
@@ -330,6 +329,13 @@ def load(name: str, device: torch.device | str = "cpu") -> GPT:
         raise UserError(f"{name}: its output (lm_head.weight) is not tied to its input embedding, as GPT-2's is")
     model.load_state_dict(weights, assign=True)
     return model.eval()
+
+
+def same_vocabulary(student: GPTConfig, teacher: GPTConfig) -> None:
+    """Raises UserError unless q and p are distributions over the same tokens."""
+    if teacher.vocab_size != student.vocab_size:
+        raise UserError(f"the teacher has {teacher.vocab_size:,} tokens and the student {student.vocab_size:,}: "
+                        "distillation needs one vocabulary")
 
 
 def save(model: GPT, folder: Path) -> None:

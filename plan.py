@@ -5,6 +5,7 @@ Run:      python distill.py --teacher=gpt2-xl --plan
 Left out: the download; that answers end before they are of full length, so the time to decode is an upper bound.
 """
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import data
 import teacher as supervised
 from config import Machine, UserError, clock
 from data import Example, Row
-from model import GPT, GPTConfig, frozen, is_shape, new_config, read_config
+from model import GPT, GPTConfig, frozen, is_shape, new_config, read_config, same_vocabulary
 from sample import sample, uniforms
 
 
@@ -28,7 +29,7 @@ class Measured:
     layer: float  # seconds for one token, forward and backward
     output: float  # seconds for one predicted token, likewise
     layer_forward: float  # seconds for one token, forward only
-    layer_bytes: float  # activations of one token, kept for the backward pass
+    layer_bytes: float  # activations of one token of a sample, kept for the backward pass
     step_layer: float  # seconds of a decoding step
     step_output: float
     update_layer: float  # seconds of the optimizer
@@ -50,46 +51,52 @@ class Measured:
 
 def measure(config: GPTConfig, m: Machine, rows: int, prompt_tokens: int, answer_tokens: int,
             sample_batch: int) -> Measured:
-    """Times training steps on `rows` samples and decoding steps of `sample_batch` rows: seconds, and the memory of two
-    layers."""
+    """Times training steps on `rows` samples and decoding steps of `sample_batch` rows, at one layer and at two."""
     lengths = prompt_tokens, answer_tokens
     one, two = (measure_layers(replace(config, n_layer=layers), m, rows, *lengths, sample_batch) for layers in (1, 2))
     layer = [max(b - a, 0.0) for a, b in zip(one, two)]
     rest = [max(2 * a - b, 0.0) for a, b in zip(one, two)]
     tokens = rows * (prompt_tokens + answer_tokens)
-    return Measured(layer[0] / tokens, rest[0] / (rows * answer_tokens), layer[1] / tokens, layer[2] / tokens,
-                    layer[3], rest[3], layer[4], rest[4])
+    return Measured(layer[0] / tokens, rest[0] / (rows * answer_tokens), layer[1] / tokens,
+                    layer[2] / (prompt_tokens + answer_tokens), layer[3], rest[3], layer[4], rest[4])
 
 
 def measure_layers(config: GPTConfig, m: Machine, rows: int, prompt_tokens: int, answer_tokens: int,
                    sample_batch: int) -> list[float]:
-    """Seconds of forward and backward, of forward alone, bytes of activations, seconds of a decoding step, of AdamW."""
+    """Seconds of forward and backward, of forward alone, bytes of one sample's activations, seconds of a decoding step
+    and of AdamW."""
     draw = lambda count: np.random.default_rng(0).integers(0, config.vocab_size, count).tolist()
     batch = [Example(Row(""), draw(prompt_tokens), draw(answer_tokens))] * rows
     text = torch.tensor([draw(prompt_tokens + answer_tokens)] * rows, device=m.device)
     model = GPT(config).to(m.device)
     light, (optimizer, scaler) = frozen(model, m.dtype), supervised.optimizer_of(model, m, (0.9, 0.95), 0.0)
-    alone, steps, kept = replace(m, rank=0, world=1), 4, {}
+    alone, steps = replace(m, rank=0, world=1), 4
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+    def kept(batch: list[Example]) -> int:
+        """Bytes that the forward pass keeps for the backward pass."""
+        storages = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = supervised.answer_loss(model, batch, m)[1]
+        del loss
+        return sum(storages.values())
 
     def train() -> None:
-        supervised.answer_loss(model, batch, m)[1].backward()
+        scaler.scale(supervised.answer_loss(model, batch, m)[1]).backward()
 
     @torch.no_grad()
     def forward() -> None:
         with m.autocast():
             light(text)
 
-    decode = lambda length: sample(light, [draw(8)] * sample_batch, uniforms(0, range(sample_batch), length), alone)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        train()
-    for p in model.parameters():  # counted by themselves
-        kept.pop(p.untyped_storage().data_ptr(), None)
+    decode = lambda length: sample(light, [draw(8)] * sample_batch, uniforms(0, range(sample_batch), length), alone,
+                                   batch_size=sample_batch)
     prefill = seconds(m, lambda: decode(1))
-    return [seconds(m, train), seconds(m, forward), sum(kept.values()),
+    return [seconds(m, train), seconds(m, forward), kept([*batch, batch[0]]) - kept(batch),  # weights cancel
             (seconds(m, lambda: decode(1 + steps)) - prefill) / steps,
             seconds(m, lambda: supervised.apply_update(model, optimizer, scaler, alone, 0.0, 1.0))]
 
@@ -108,7 +115,9 @@ def seconds(m: Machine, function: Callable) -> float:
 
 def free_memory(m: Machine) -> int:
     """Bytes that can still be allocated on the device."""
+    gc.collect()
     if m.device.type == "cuda":
+        torch.cuda.empty_cache()  # what measuring took
         return torch.cuda.mem_get_info(m.device)[0]
     try:
         with open("/proc/meminfo") as file:
@@ -128,9 +137,12 @@ def frozen_bytes(config: GPTConfig, m: Machine) -> int:
 
 
 def update_bytes(config: GPTConfig, cost: Measured, m: Machine, micro_batch: int, tokens: int) -> float:
-    """Activations of a micro-batch of the longest samples, and five copies of one chunk's logits."""
+    """Activations of a micro-batch of the longest samples, autocast's copies of the matrices, and five copies of one
+    chunk's logits."""
     positions = micro_batch * tokens
-    return positions * config.n_layer * cost.layer_bytes + 5 * 4 * min(m.vocab_chunk, positions) * config.vocab_size
+    copies = 2 * config.parameters if m.dtype != torch.float32 else 0
+    activations = positions * config.n_layer * cost.layer_bytes
+    return activations + copies + 5 * 4 * min(m.vocab_chunk, positions) * config.vocab_size
 
 
 def decode_bytes(configs: list[GPTConfig], m: Machine, rows: int, tokens: int) -> float:
@@ -160,6 +172,7 @@ class Draft:
         self.origin = {settings.out: settings.model for _, _, settings in work}
         first = self.root(cfg.student)
         self.tokenizer = data.tokenizer_for(cfg.data) if is_shape(first) else data.load_tokenizer(first)
+        self.check()
         examples = data.load_examples(cfg.data, "train", self.tokenizer, cfg.max_prompt_tokens, cfg.max_tokens,
                                       lambda *words: None)
         self.rows, self.longest = len(examples), cfg.max_tokens - cfg.max_prompt_tokens
@@ -172,9 +185,22 @@ class Draft:
             name = self.origin[name]
         return name
 
+    def config(self, name: str) -> GPTConfig:
+        name = self.root(name)
+        return new_config(name, self.tokenizer) if is_shape(name) else read_config(name)
+
+    def check(self) -> None:
+        """Raises UserError now for what a later stage would stumble over."""
+        student, teacher = self.config(self.cfg.student), self.config(self.cfg.teacher)
+        same_vocabulary(student, teacher)
+        room = min(student.n_positions, teacher.n_positions)
+        if self.cfg.max_tokens > room:
+            raise UserError(f"--max_tokens={self.cfg.max_tokens} is more than these models' {room} positions")
+        if self.cfg.pt_coef:
+            data.text_files(self.cfg.corpus)
+
     def shape(self, name: str) -> tuple[GPTConfig, Measured]:
-        name, cfg = self.root(name), self.cfg
-        config = new_config(name, self.tokenizer) if is_shape(name) else read_config(name)
+        config, cfg = self.config(name), self.cfg
         if config.n_embd not in self.costs:
             slow = self.m.device.type == "cpu" and config.n_embd > 256
             self.costs[config.n_embd] = measure(
@@ -229,7 +255,7 @@ class Draft:
 
     def evaluation(self, models: int) -> Line:
         cfg, m, (student, _), (judge, _) = self.cfg, self.m, self.shape(self.cfg.student), self.shape(self.cfg.teacher)
-        answers = len(data.load_rows(cfg.data, "test")) * cfg.eval_seeds * models
+        answers = len(data.load_rows(*cfg.test_split)) * cfg.eval_seeds * models
         size = 4 * student.parameters + frozen_bytes(student, m) + frozen_bytes(judge, m)
         size += decode_bytes([student, judge], m, cfg.sample_batch, cfg.max_tokens)
         what = f"{models} models, {cfg.eval_seeds} seeds: {answers:,} answers, and as many of the teacher"
@@ -249,8 +275,10 @@ class Draft:
 
 
 def show(lines: list[Line], m: Machine, what: str, ignore_memory: bool) -> None:
-    """Prints the plan. Raises UserError if a stage needs more memory than is free."""
+    """Prints the plan. Raises UserError, in every process, if a stage needs more memory than one of them has free."""
     free, world = free_memory(m), f", {m.world} processes" * (m.world > 1)
+    if m.device.type == "cpu":
+        free //= m.world
     m.say(f"plan: {what}, on {m.device} in {str(m.dtype)[6:]}{world}; {free / 2**30:.1f} GiB free")
     m.say(f"  {'stage':9}{'updates':>9}{'memory':>11}{'time':>11}   what" if lines else "  everything is done already")
     for line in lines:
@@ -259,7 +287,9 @@ def show(lines: list[Line], m: Machine, what: str, ignore_memory: bool) -> None:
     if lines:
         m.say("  measured on one and two layers just now; samples of mean length, answers decoded to full length\n")
     for line in lines:
-        if line.bytes > free and not ignore_memory:
+        short = torch.tensor(float(line.bytes > free), device=m.device)
+        m.max(short)
+        if short and not ignore_memory:
             raise UserError(f"{line.stage} needs about {line.bytes / 2**30:.1f} GiB and {free / 2**30:.1f} are free: "
                             "lower --micro_batch, --sample_batch or --vocab_chunk, choose smaller models, or try all "
                             "the same with --ignore_memory")

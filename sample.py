@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data
 from config import Machine, UserError, check, flag, machine, run, write_lines
 from data import Row
-from model import GPT, KVCache, frozen, load, read_config
+from model import GPT, KVCache, frozen, load, same_vocabulary
 
 # ---- Eq. (4), and one draw ------------------------------------------------------------------------------------------
 
@@ -62,7 +62,8 @@ def inverse_cdf(logp_vocab: Tensor, uniform: Tensor) -> Tensor:
     A token of probability 0 is a step of height 0 and never taken. The last sum stands for 1, so that rounding cannot
     lead beyond the vocabulary."""
     cdf = logp_vocab.double().exp().cumsum(-1)  # (b, V)
-    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(1)
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(1)
+    return token.clamp(max=logp_vocab.size(-1) - 1)  # beyond it for rows of NaN, which sample() reports
 
 
 def uniforms(seed: int, answers: Iterable[int], length: int) -> Tensor:
@@ -71,7 +72,7 @@ def uniforms(seed: int, answers: Iterable[int], length: int) -> Tensor:
     So an answer depends neither on the batch it is decoded in, nor on the number of processes, nor on what was sampled
     before it."""
     streams = (np.random.Generator(np.random.Philox(key=[seed, answer])) for answer in answers)
-    return torch.from_numpy(np.stack([stream.random(length) for stream in streams]))
+    return torch.from_numpy(np.array([stream.random(length) for stream in streams]).reshape(-1, length))
 
 
 def taken(logp_vocab: Tensor, token: Tensor) -> Tensor:
@@ -161,6 +162,8 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
     for values in (response, student_logp, mixed_logp, teacher_logp, reverse_kl):
         if values is not None:
             values.masked_fill_(~response_mask, 0)  # a row that has ended writes on until it leaves
+    if mixed_logp.isnan().any():
+        raise UserError("the model's probabilities are not numbers: its weights are broken, or --dtype is too coarse")
     ended = response.gather(1, length[:, None] - 1).squeeze(1) == student.config.eos_token_id
     return Rollout(prompts, response, response_mask, ended, student_logp, mixed_logp, teacher_logp, reverse_kl,
                    teacher_hidden)
@@ -203,6 +206,12 @@ class Config:
               limit=(1, 10**9))
         if [self.prompt, self.prompts, self.data].count(None) != 2:
             raise UserError("give one of --prompt, --prompts and --data")
+        if self.input and (self.prompt is None or self.raw):
+            raise UserError("--input goes with --prompt, into the template")
+        if self.raw and self.data:
+            raise UserError("--raw goes with --prompt or --prompts; the rows of --data have the template")
+        if self.teacher and not self.mix_alpha:
+            raise UserError(f"--teacher={self.teacher} does nothing without --mix_alpha")
 
 
 class Printer:
@@ -224,9 +233,9 @@ class Printer:
         print(self.utf8.decode(b"", final=True) if self.single else whole, flush=True)
 
 
-def read_prompts(cfg: Config, tokenizer: tiktoken.Encoding) -> tuple[list[Row], list[list[int]]]:
+def read_prompts(cfg: Config, tokenizer: tiktoken.Encoding, say: Callable) -> tuple[list[Row], list[list[int]]]:
     if cfg.data:
-        examples = data.load_examples(cfg.data, cfg.split, tokenizer, cfg.max_prompt_tokens, 1024)
+        examples = data.load_examples(cfg.data, cfg.split, tokenizer, cfg.max_prompt_tokens, 1024, say)
         return [e.row for e in examples], [e.prompt for e in examples]
     rows = [Row(cfg.prompt, cfg.input)] if cfg.prompt is not None else []
     if cfg.prompts and cfg.prompts.endswith(".jsonl"):
@@ -246,11 +255,12 @@ def read_prompts(cfg: Config, tokenizer: tiktoken.Encoding) -> tuple[list[Row], 
 
 def main(cfg: Config) -> None:
     m, tokenizer = machine(cfg.device, cfg.dtype), data.load_tokenizer(cfg.model)
-    read_config(cfg.model)  # a wrong name is told before the data are fetched
-    rows, prompts = read_prompts(cfg, tokenizer)
+    rows, prompts = read_prompts(cfg, tokenizer, m.say)
     rows, prompts = ([x for x in xs[: cfg.limit] for _ in range(cfg.samples)] for xs in (rows, prompts))
     model = frozen(load(cfg.model, m.device), m.dtype)
     teacher = frozen(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
+    if teacher:
+        same_vocabulary(model.config, teacher.config)
     longest = cfg.max_response_tokens or room_for_answers(model, prompts)
     mine = range(m.rank, len(rows), m.world)
     printer, began = None if cfg.out else Printer(tokenizer, len(rows)), time.perf_counter()

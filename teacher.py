@@ -27,7 +27,20 @@ import data
 from config import Machine, UserError, check, clock, flag, machine, read_json, run, write_json, written_aside
 from data import Example
 from eval import evaluate, held_out_loss
-from model import GPT, GPTConfig, by_chunks, frozen, is_shape, load, new, new_config, predicting, read_config, save
+from model import (
+    GPT,
+    GPTConfig,
+    by_chunks,
+    frozen,
+    is_shape,
+    load,
+    new,
+    new_config,
+    predicting,
+    read_config,
+    same_vocabulary,
+    save,
+)
 from sample import taken
 
 
@@ -44,7 +57,8 @@ class Config:
     epochs: int | None = flag(None, "passes over the data; default by the model's size")
     updates: int | None = flag(None, "optimizer steps, instead of epochs")
     batch_size: int = flag(32, "samples of an update")
-    micro_batch: int = flag(8, "samples of a forward pass; changes memory and speed only")
+    micro_batch: int = flag(8, "samples of a forward pass; changes memory and speed only, and the draws of dropout")
+    sample_batch: int = flag(64, "answers decoded together in validation; changes memory and speed only")
     vocab_chunk: int | None = flag(None, "positions whose logits exist at a time; likewise; default by device")
     weight_decay: float = flag(0.01, "of AdamW")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
@@ -62,22 +76,28 @@ class Config:
 
     def __post_init__(self):
         check(self, kd_ratio=(0, 1), lr=(0, 10), lr_end=(0, 10), epochs=(1, 10**6), updates=(1, 10**9),
-              batch_size=(1, 10**6), micro_batch=(1, 10**6), vocab_chunk=(1, 10**9), weight_decay=(0, 10),
-              grad_clip=(1e-9, math.inf), dropout=(0, 0.99), valid_limit=(1, 10**9), evals=(1, 10**6),
-              max_prompt_tokens=(1, 1022), max_tokens=(2, 1024), seed=(0, 2**62), log_every=(1, 10**9))
+              batch_size=(1, 10**6), micro_batch=(1, 10**6), sample_batch=(1, 10**6), vocab_chunk=(1, 10**9),
+              weight_decay=(0, 10), grad_clip=(1e-9, math.inf), dropout=(0, 0.99), valid_limit=(1, 10**9),
+              evals=(1, 10**6), max_prompt_tokens=(1, 1022), max_tokens=(2, 1024), seed=(0, 2**62),
+              log_every=(1, 10**9))
         if self.epochs and self.updates:
             raise UserError("--epochs and --updates both say how long to train: give one")
-        if self.max_prompt_tokens >= self.max_tokens:
-            raise UserError(f"--max_prompt_tokens={self.max_prompt_tokens} leaves no room for an answer in "
-                            f"--max_tokens={self.max_tokens}")
-        if data.is_text(self.data) and self.select == "rouge_l":
+        if not data.is_text(self.data):
+            if self.max_prompt_tokens >= self.max_tokens:
+                raise UserError(f"--max_prompt_tokens={self.max_prompt_tokens} leaves no room for an answer in "
+                                f"--max_tokens={self.max_tokens}")
+        elif self.select == "rouge_l":
             raise UserError(f"--data={self.data} is plain text, without answers to compare: give --select=loss or last")
+        elif self.valid_data:
+            raise UserError(f"--valid_data={self.valid_data} goes with instructions; --data={self.data} is plain text, "
+                            "whose last pieces validate")
 
 
 # Appendix B.1 gives grids and the released scripts what was chosen: (parameters up to, learning rate, epochs).
 RECIPES = ((200e6, 5e-4, 20), (600e6, 1e-4, 20), (1.3e9, 1e-4, 10), (math.inf, 5e-5, 10))
-# Flags that change no result: a run may be resumed, or found finished, with others than it was begun with.
-FREE = {"resume", "device", "log_every", "micro_batch", "vocab_chunk", "out"}
+# Flags that change no result but by rounding and the draws of dropout: a run may be resumed, or found finished, with
+# others.
+FREE = {"resume", "device", "log_every", "micro_batch", "sample_batch", "vocab_chunk", "out"}
 
 
 def schedule(cfg: Config, config: GPTConfig, rows: int) -> tuple[int, int, float]:
@@ -127,8 +147,9 @@ def apply_update(model: GPT, optimizer: torch.optim.AdamW, scaler: torch.amp.Gra
     """Sums the gradients of all processes, clips their norm, takes a step. Returns the norm before clipping.
 
     Raises UserError for a gradient that is not finite; in float16 the scaler skips the step and scales down instead."""
+    scaler.scale(torch.zeros((), device=m.device))  # a process without a row of this batch has not scaled a loss yet,
     for p in model.parameters():
-        if p.grad is None:  # this process had no row of the batch
+        if p.grad is None:  # nor has it gradients
             p.grad = torch.zeros_like(p)
     m.sum(*(p.grad for p in model.parameters()))
     scaler.unscale_(optimizer)
@@ -174,6 +195,7 @@ def load_state(out: Path, cfg, model: GPT, optimizer, scaler, m: Machine) -> tup
     """(updates done, best validation so far) from state.pt; (0, None) without one. Now that all is loaded, notes the
     flags in run.json, and cuts log.jsonl back to where the run goes on."""
     state = {"step": 0, "best": None}
+    logged = -1  # without a state even the lines of update 0 will be written again
     if (out / "state.pt").is_file():
         try:
             state = torch.load(out / "state.pt", map_location=m.device, weights_only=True)
@@ -182,13 +204,15 @@ def load_state(out: Path, cfg, model: GPT, optimizer, scaler, m: Machine) -> tup
                             ) from None
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty unless it was float16
+            scaler.load_state_dict(state["scaler"])
+        logged = state["step"]
     if m.rank == 0:
         write_json(out / "run.json", asdict(cfg))
     if m.rank == 0 and (out / "log.jsonl").is_file():
         lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         with written_aside(out / "log.jsonl") as aside:
-            done = lambda line: line.endswith("\n") and json.loads(line)["step"] <= state["step"]
+            done = lambda line: line.endswith("\n") and json.loads(line)["step"] <= logged
             aside.write_text("".join(filter(done, lines)), encoding="utf-8")
     m.barrier()
     return state["step"], state["best"]
@@ -216,7 +240,7 @@ def validate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
     if isinstance(examples, data.Pieces):
         return scores, []
     means, answers = evaluate(model, tokenizer, examples, m, teacher, progress="validating",
-                              max_response_tokens=cfg.max_tokens - cfg.max_prompt_tokens)
+                              batch_size=cfg.sample_batch, max_response_tokens=cfg.max_tokens - cfg.max_prompt_tokens)
     return scores | {name: values[0] for name, values in means.items()}, answers
 
 
@@ -268,7 +292,8 @@ def main(cfg: Config) -> dict:
     if cfg.dropout is not None:
         model.set_dropout(cfg.dropout)
     teacher = frozen(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
-    same_vocabulary(model, teacher)
+    if teacher:
+        same_vocabulary(model.config, teacher.config)
 
     # 3 how long and how fast
     updates, evals, lr = schedule(cfg, model.config, len(train))
@@ -293,13 +318,17 @@ def main(cfg: Config) -> dict:
             scaler.scale(loss / count).backward()
             totals += torch.stack([gold, loss.detach()]) / count
         m.sum(totals)
+        if not totals.isfinite().all():
+            raise UserError(f"{out}: stopped at update {step + 1}: the loss is {totals[1].item():g}; --resume with the "
+                            "same flags would meet it again: lower --lr, or give --dtype=float32")
         rate = cfg.lr_end + (lr - cfg.lr_end) * (1 + math.cos(math.pi * step / updates)) / 2
         try:
             norm = apply_update(model, optimizer, scaler, m, rate, cfg.grad_clip)
         except UserError as error:
             raise UserError(f"{out}: stopped at update {step + 1}: {error}, the loss {totals[1].item():g}") from None
         step += 1
-        line = {"step": step, "loss": totals[1].item(), "gold_loss": totals[0].item(), "lr": rate, "grad_norm": norm}
+        line = {"step": step, "loss": totals[1].item(), "gold_loss": totals[0].item(), "lr": rate,
+                "grad_norm": norm if math.isfinite(norm) else None}  # in float16 an update may be skipped
 
         # 5 validate, keep the best, save
         if step in eval_steps:
@@ -315,12 +344,6 @@ def main(cfg: Config) -> dict:
             m.say(f"{out.name} {step}/{updates}  loss {line['loss']:.3f}  norm {norm:.2f}  lr {rate:.1e}  "
                   f"left {clock(left)}" + f"  | validation:{shown}" * bool(shown))
     return finish(out, m, {"updates": updates, "lr": lr, "best": best})
-
-
-def same_vocabulary(student: GPT, teacher: GPT | None) -> None:
-    if teacher and teacher.config.vocab_size != student.config.vocab_size:
-        raise UserError(f"the teacher has {teacher.config.vocab_size:,} tokens and the student "
-                        f"{student.config.vocab_size:,}: distillation needs one vocabulary")
 
 
 if __name__ == "__main__":

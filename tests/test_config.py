@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+import torch
+from conftest import refused
 
 import config
 from config import UserError, check, clock, flag, make, parse, read_json, write_json, written_aside
@@ -71,9 +73,10 @@ def test_presets_win_over_defaults_and_flags_over_presets():
 
 def test_run_turns_user_errors_and_file_errors_into_one_line(monkeypatch, capsys):
     def main(cfg):
-        raise {"gpt2": UserError("no such thing"), "disk": OSError(28, "No space left")}[cfg.teacher]
+        raise {"gpt2": UserError("no such thing"), "disk": OSError(28, "No space left"),
+               "large": torch.OutOfMemoryError("CUDA\nout of memory")}[cfg.teacher]
 
-    for teacher, words in (("gpt2", "no such thing"), ("disk", "No space left")):
+    for teacher, words in (("gpt2", "no such thing"), ("disk", "No space left"), ("large", "lower --micro_batch")):
         monkeypatch.setattr("sys.argv", ["tool.py", f"--teacher={teacher}"])
         with pytest.raises(SystemExit) as caught:
             config.run(main, Config)
@@ -94,6 +97,25 @@ def test_an_unknown_device_is_refused(device):
         config.machine(device)
 
 
+def test_which_gpu_is_whose(monkeypatch):
+    """On a machine with two, as far as one without can tell: every device that is set has a number."""
+    said, joined = [], []
+    for name, answer in (("is_available", True), ("device_count", 2), ("is_bf16_supported", False)):
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer, **settings: answer)
+    monkeypatch.setattr(torch.cuda, "set_device", said.append)
+    monkeypatch.setattr(config.dist, "init_process_group", lambda backend, **settings: joined.append(backend))
+    for device in ("auto", "cuda", "cuda:1"):
+        assert config.machine(device).dtype == torch.float16  # the GPU is one without bfloat16
+    assert said == [torch.device("cuda", n) for n in (0, 0, 1)] and not joined
+    refused(lambda: config.machine("cuda:2"), "no GPU number 2", "has 2")
+    for name, value in (("RANK", "3"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    m = config.machine("auto", "bfloat16")
+    assert (m.device, m.rank, m.world, m.dtype) == (torch.device("cuda", 1), 3, 4, torch.bfloat16)
+    assert joined == ["nccl"]
+    refused(lambda: config.machine("cuda:0"), "--device=cuda:0 is one GPU for 4 processes")
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a" / "file.json"
     write_json(path, {"n": 1})
@@ -102,9 +124,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         raise RuntimeError
     assert json.loads(path.read_text()) == {"n": 1} == read_json(path)
     assert [p.name for p in path.parent.iterdir()] == ["file.json"]
-    path.write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
-        read_json(path)
+    for text in ("{", "[1]"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="not a JSON object"):
+            read_json(path)
 
 
 def test_clock():

@@ -8,6 +8,7 @@ import torch
 from conftest import CPU, refused
 
 import data
+from config import write_json
 from data import END, Pieces, Row, load_corpus, load_examples, load_rows, pad_left, pad_right, picks, read_rows
 
 
@@ -42,6 +43,7 @@ def test_rows_of_every_allowed_kind(tmp_path):
 
 
 @pytest.mark.parametrize("line, words", [
+    (b'{"instruction": "a", "output": ' + b"1" * 5000 + b"}", ["not JSON that can be read"]),
     (b'{"instruction": "a", "outp', ["not JSON", "column", "cut off"]),
     (b"[1, 2]", ["object", "list"]),
     (b"3", ["object", "int"]),
@@ -131,6 +133,8 @@ def test_transformers_reads_the_same_tokens(vocabulary, tmp_path, request):
     transformers = pytest.importorskip("transformers")
     tokenizer = data.world_tokenizer() if vocabulary == "words" else request.getfixturevalue("gpt2")
     data.save_tokenizer(tokenizer, tmp_path)
+    shape = {"vocab_size": tokenizer.n_vocab, "eos_token_id": tokenizer.eot_token}
+    write_json(tmp_path / "config.json", shape)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     texts = [r.prompt_text + r.outputs[0] for r in load_rows("tiny", "test")[:20]]
     if vocabulary == "gpt2":
@@ -140,6 +144,16 @@ def test_transformers_reads_the_same_tokens(vocabulary, tmp_path, request):
         assert theirs.encode(text) == tokens and theirs.decode(tokens) == text
     assert theirs.eos_token_id == tokenizer.eot_token and len(theirs) == tokenizer.n_vocab
     assert data.load_tokenizer(str(tmp_path)).encode_ordinary(texts[0]) == data.encode(tokenizer, texts[:1])[0]
+
+
+def test_a_model_of_another_vocabulary_is_refused(tmp_path):
+    data.save_tokenizer(data.world_tokenizer(), tmp_path)
+    size = data.world_tokenizer().n_vocab
+    for vocab_size, end in ((size + 47, size - 1), (size, 0), (size, None)):
+        write_json(tmp_path / "config.json", {"vocab_size": vocab_size, "eos_token_id": end})
+        refused(lambda: data.load_tokenizer(str(tmp_path)), str(tmp_path), f"{vocab_size} tokens", f"number {end}")
+    (tmp_path / "tokenizer.json").write_text("{")
+    refused(lambda: data.load_tokenizer(str(tmp_path)), "tokenizer.json is not a JSON object")
 
 
 # ---- plain text -----------------------------------------------------------------------------------------------------
@@ -173,7 +187,7 @@ def _write(path, text):
 
 
 def test_plain_text_that_cannot_be_had(tmp_path, gpt2, monkeypatch):
-    refused(lambda: load_corpus("nowhere.txt", gpt2, tmp_path, CPU), "--corpus=nowhere.txt", "no such text file")
+    refused(lambda: load_corpus("nowhere.txt", gpt2, tmp_path, CPU), "nowhere.txt", "no such text file")
     (tmp_path / "void").mkdir()
     refused(lambda: load_corpus(str(tmp_path / "void"), gpt2, tmp_path, CPU), "no such text file", ".txt")
     refused(lambda: load_corpus(str(_write(tmp_path / "e.txt", "")), gpt2, tmp_path, CPU), "no text in it")
@@ -181,7 +195,10 @@ def test_plain_text_that_cannot_be_had(tmp_path, gpt2, monkeypatch):
     refused(lambda: load_corpus(str(tmp_path / "bad.txt"), gpt2, tmp_path, CPU), "bad.txt", "not UTF-8")
     assert not list(tmp_path.glob("*.part"))
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    refused(lambda: list(data.parquet_documents([])), "pip install pyarrow", "--pt_coef=0")
+    refused(lambda: data.text_files("openwebtext:2"), "pip install pyarrow", "--pt_coef=0")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dolly").mkdir()
+    assert data.is_text("void") and not data.is_text("dolly") and not data.is_text("tiny")
 
 
 def test_openwebtext_is_read_from_its_parquet_files(tmp_path, gpt2, monkeypatch):

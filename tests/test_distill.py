@@ -31,6 +31,7 @@ from distill import (
     token_reward,
     whiten,
 )
+from sample import Config as SampleConfig
 from sample import sample, uniforms
 
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()  # an answer of one token among them
@@ -204,6 +205,11 @@ def test_settings_that_cannot_work():
     refused(lambda: Config(single_step=False, long_term=False, pt_coef=0.0), "nothing to learn from")
     refused(lambda: Config(baselines="sft,dpo"), "--baselines=sft,dpo", "'dpo'")
     refused(lambda: Config(mix_alpha=1.5), "--mix_alpha=1.5 is out of range")
+    for role, choice in (("teacher", "finetune_teacher"), ("student", "init_student")):
+        cfg = make(Config, {role: "1x2x8", choice: "no"}, distill.presets)
+        refused(lambda cfg=cfg: distill.stages(cfg), f"--{role}=1x2x8 is new", f"--{choice}")
+    itself = make(Config, dict(teacher="out/x/teacher", finetune_teacher="yes", out="out/x"), distill.presets)
+    refused(lambda: distill.stages(itself), "begin with out/x/teacher and be written there")
     refused(lambda: Config(clip_eps=-1.0), "--clip_eps=-1.0 is out of range")
 
 
@@ -280,7 +286,7 @@ def after(tmp_path_factory, tiny_models):
     dict(weight="product"), dict(weight="exact"), dict(weight_single=False), dict(length_norm=False),
     dict(return_from="current"), dict(gamma=0.5), dict(whiten="responses"), dict(whiten="all"), dict(reward_scale=2.0),
     dict(reward_clip=0.5), dict(clip_eps=0.01), dict(inner_epochs=1), dict(pt_coef=0.0), dict(pt_coef=1.0),
-    dict(pt_kd=0.5), dict(normalize="token"), dict(lr=1e-3), dict(warmup_steps=4), dict(grad_clip=1e-3),
+    dict(pt_kd=0.5), dict(normalize="sequence"), dict(lr=1e-3), dict(warmup_steps=4), dict(grad_clip=1e-3),
     dict(weight_decay=1.0), dict(seed=2), dict(recipe="official"),
 ], ids=lambda settings: next(f"{name}={value}" for name, value in settings.items()))
 def test_each_flag_acts(settings, after):
@@ -321,6 +327,22 @@ def test_a_resumed_run_ends_with_the_same_bits(dtype, distill_config, tmp_path, 
     assert logs[0] == logs[1]
 
 
+def test_a_run_killed_beside_its_checkpoint_logs_each_line_once(distill_config, tmp_path, monkeypatch):
+    """Behind the very last checkpoint; and between the first validation and the first checkpoint."""
+    interrupt_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        distill.distil(distill_config())
+    monkeypatch.undo()
+    distill.distil(distill_config(resume=True))
+    assert [line["step"] for line in lines(tmp_path / "run" / "minillm")] == [0, 1, 2, 3, 4, 4]
+    monkeypatch.setattr(supervised, "save_state", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        distill.distil(distill_config(out=str(tmp_path / "early")))
+    monkeypatch.undo()
+    distill.distil(distill_config(out=str(tmp_path / "early"), resume=True))
+    assert [line["step"] for line in lines(tmp_path / "early" / "minillm")] == [0, 1, 2, 3, 4, 4]
+
+
 def test_a_loss_that_is_no_number_is_named(distill_config, tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "single_step_loss", lambda kl, weight: kl * float("nan"))
     refused(lambda: distill.distil(distill_config()), "stopped at update 1", "loss_single is nan")
@@ -343,7 +365,7 @@ def test_two_processes_do_what_one_does(tiny_models, tmp_path):
     for world in (1, 2):
         out = tmp_path / str(world)
         settings = dict(preset="tiny", **tiny_models, out=out, baselines="", steps=4, rollouts=12, minibatch=6,
-                        inner_epochs=2, valid_limit=5, eval_seeds=2, ignore_memory="True", device="cpu")
+                        inner_epochs=2, valid_limit=1, eval_seeds=2, ignore_memory="True", device="cpu")
         flags = [f"--{name}={value}" for name, value in settings.items()]
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
         done = subprocess.run([sys.executable, *launch, "distill.py", *flags], cwd=Path(distill.__file__).parent,
@@ -406,9 +428,38 @@ def test_phase_2_alone_takes_finished_models_as_they_are(tmp_path):
     assert resolved.student == "out/gpt2-xl-to-gpt2/init"
 
 
-def test_float16_scales_its_loss():
-    """Where bfloat16 is missing: the scaler is on, and off for every other type."""
+def test_float16_scales_its_loss(distill_config, monkeypatch):
+    """Where bfloat16 is missing: the scaler is on, and off for other types; the plan and both loops run with it."""
     gpt = random_gpt()
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        _, scaler = supervised.optimizer_of(gpt, Machine(torch.device("cpu"), dtype), (0.9, 0.95), 0.0)
+        m = Machine(torch.device("cpu"), dtype)
+        optimizer, scaler = supervised.optimizer_of(gpt, m, (0.9, 0.95), 0.0)
         assert scaler.is_enabled() == (dtype == torch.float16)
+        assert supervised.apply_update(gpt, optimizer, scaler, m, 0.1, 1.0) == 0.0  # as without a row of the batch
+    small = dict(dtype="float16", student="1x2x8", steps=2, max_tokens=24)
+    monkeypatch.setattr(distill, "TINY_INIT", distill.TINY_INIT | dict(updates=2, evals=1))
+    assert all(math.isfinite(row["loss"]) for row in distill.main(distill_config(**small)))
+
+
+def test_every_stage_hears_of_what_saves_memory(tmp_path):
+    settings = dict(teacher="gpt2-xl", micro_batch=1, sample_batch=3, baselines="sft,kd,seqkd")
+    cfg = make(Config, settings, distill.presets)
+    for name, _, settings in distill.stages(cfg)[0]:
+        assert name == "answers" or (settings.micro_batch, settings.sample_batch) == (1, 3)
+        assert name != "answers" or settings.batch_size == 3
+
+
+def test_answers_of_another_teacher_are_not_taken(tmp_path, tiny_models):
+    settings = dict(data="tiny", split="train", limit=5, max_response_tokens=4, out=str(tmp_path / "a.jsonl"))
+    distill.answer_once(SampleConfig(model=tiny_models["teacher"], **settings))
+    written = (tmp_path / "a.jsonl").stat().st_mtime_ns
+    distill.answer_once(SampleConfig(model=tiny_models["teacher"], batch_size=2, **settings))
+    assert (tmp_path / "a.jsonl").stat().st_mtime_ns == written
+    other = SampleConfig(model=tiny_models["student"], **settings)
+    refused(lambda: distill.answer_once(other), "a.jsonl was made with another teacher")
+
+
+def test_a_users_file_is_not_tested_on_what_was_trained_on(tmp_path, distill_config):
+    cfg = distill_config(data="mine.jsonl")
+    assert cfg.test_split == ("mine.jsonl", "valid") and distill_config().test_split == ("tiny", "test")
+    assert distill_config(data="mine.jsonl", test_data="other.jsonl").test_split == ("other.jsonl", "test")

@@ -11,7 +11,7 @@ import data
 import eval as evaluation
 from data import Example, Row
 from eval import evaluate, exact_match, held_out_loss, rouge_l
-from model import load
+from model import load, save
 from sample import sample, uniforms
 
 
@@ -94,7 +94,7 @@ def test_right_answers_are_counted_only_if_they_end(tiny_models, m, monkeypatch)
 
 def test_the_command_writes_its_results_and_keeps_them(tiny_models, tmp_path, capsys):
     cfg = evaluation.Config(model=tiny_models["student"], teacher=tiny_models["teacher"], limit=5, seeds=2,
-                            max_response_tokens=8, out=str(tmp_path), dtype="float32")
+                            max_response_tokens=8, out=str(tmp_path), dtype="float32", device="cpu")
     results = evaluation.main(cfg)
     printed = capsys.readouterr().out
     assert "on tiny, 5 prompts" in printed and "rouge_l" in printed and "±" in printed and "forward_kl" in printed
@@ -104,7 +104,21 @@ def test_the_command_writes_its_results_and_keeps_them(tiny_models, tmp_path, ca
     assert evaluation.main(cfg) == results and "evaluated earlier" in capsys.readouterr().out
 
 
-def test_commands_that_cannot_work(tiny_models):
+def test_commands_that_cannot_work(tiny_models, tmp_path):
     refused(lambda: evaluation.main(evaluation.Config(model="out/nowhere/x/y")), "out/nowhere/x/y")
     refused(lambda: evaluation.main(evaluation.Config(model=tiny_models["student"], data="nope")), "--data=nope")
+    save(random_gpt(vocab_size=77), tmp_path / "other")
+    settings = dict(model=tiny_models["student"], teacher=str(tmp_path / "other"))
+    refused(lambda: evaluation.main(evaluation.Config(**settings)), "the teacher has 77 tokens")
+    (tmp_path / "results.json").write_text('{"best": null}')
+    settings = dict(model=tiny_models["student"], out=str(tmp_path))
+    refused(lambda: evaluation.main(evaluation.Config(**settings)), f"--out={tmp_path}", "something else")
+    assert (tmp_path / "results.json").read_text() == '{"best": null}'
+
+
+def test_references_beyond_the_models_positions_are_cut(tiny_models, monkeypatch):
+    settings = dict(model=tiny_models["student"], limit=2, seeds=1, max_prompt_tokens=60, max_response_tokens=30)
+    rows = [data.Row("Tell about the cat", "", (" ".join(["Anna found"] * 60),))]
+    monkeypatch.setattr(data, "load_rows", lambda name, split: rows)
+    assert evaluation.main(evaluation.Config(**settings))["scores"]["loss"][0] > 0
     refused(lambda: evaluation.Config(seeds=0), "--seeds=0 is out of range")

@@ -222,8 +222,9 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 def test_folders_that_hold_no_gpt2(tmp_path):
     here = str(tmp_path)
     refused(lambda: load(here), here, "folder has no config.json")
-    (tmp_path / "config.json").write_text("{")
-    refused(lambda: load(here), "config.json", "not JSON")
+    for text in ("{", "[1]"):
+        (tmp_path / "config.json").write_text(text)
+        refused(lambda: load(here), "config.json", "not a JSON object")
     write_config(tmp_path, random_gpt(), model_type="llama")
     refused(lambda: load(here), "GPT-2", "model_type='llama'")
     write_config(tmp_path, random_gpt(), n_head=3)
@@ -246,6 +247,14 @@ def test_damaged_files_are_named(kind, tmp_path):
     refused(lambda: load(str(tmp_path)), second.name, "damaged or incomplete", "fetch it again")
     second.unlink()
     refused(lambda: load(str(tmp_path)), second.name, "which its index names")
+
+
+def test_files_of_before_torch_1_6_are_read(tmp_path):
+    gpt = random_gpt()
+    write_config(tmp_path, gpt)
+    torch.save(released_form(gpt), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    tokens = tokens_for(gpt.config)
+    assert torch.equal(logits(load(str(tmp_path)), tokens), logits(gpt, tokens))
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):

@@ -1,12 +1,15 @@
 """The plan: what it adds up from steps measured on one and two layers, and the shapes it counts bytes by."""
 
+import sys
+
+import pytest
 import torch
-from conftest import random_gpt
+from conftest import random_gpt, refused
 
 import distill
 import plan
 from config import Machine
-from model import GPTConfig, frozen, new_config
+from model import GPTConfig, frozen, new_config, save
 from plan import Measured, decode_bytes, frozen_bytes, measure
 
 COST = Measured(layer=2.0, output=3.0, layer_forward=0.5, layer_bytes=10.0, step_layer=0.1, step_output=0.2,
@@ -28,6 +31,14 @@ def test_what_is_measured_is_not_negative_and_activations_are_those_of_a_layer(m
     assert 4 * (5 + 4 + 3) * 16 <= cost.layer_bytes <= 4 * (40 * 16 + 2 * 32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_activations_are_counted_by_the_token_and_weights_are_not(dtype):
+    """Autocast's copies of the matrices are saved for the backward pass too, but are as large for one token."""
+    m, config = Machine(torch.device("cpu"), dtype), GPTConfig(2, 2, 128, 50, 300, resid_pdrop=0.0)
+    short, long = (measure(config, m, 2, 8, answer_tokens, 2).layer_bytes for answer_tokens in (24, 248))
+    assert short == pytest.approx(long, rel=0.1)
+
+
 def test_the_bytes_of_a_frozen_model_are_those_it_holds():
     gpt = random_gpt(n_embd=32, vocab_size=300)
     for dtype in (torch.float32, torch.bfloat16):
@@ -41,6 +52,28 @@ def test_the_bytes_of_decoding_hold_both_caches(m):
     config = GPTConfig(2, 2, 16, 50, 64)
     one, two = decode_bytes([config], m, rows=3, tokens=20), decode_bytes([config, config], m, rows=3, tokens=20)
     assert two - one == 2 * 2 * 16 * 3 * 20 * 4  # layers, keys and values, width, rows, tokens, float32
+
+
+def test_what_a_later_stage_would_stumble_over_is_told_first(distill_config, tmp_path, tiny_models, m, monkeypatch):
+    draft = lambda **settings: plan.Draft(distill_config(**settings), [], m)
+    refused(lambda: draft(corpus="nowhere.txt"), "nowhere.txt", "no such text file")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refused(lambda: draft(corpus="openwebtext"), "pip install pyarrow", "--pt_coef=0")
+    refused(lambda: draft(max_tokens=100), "--max_tokens=100", "64 positions")
+    refused(lambda: draft(student="out/none"), "out/none")
+    save(random_gpt(vocab_size=77, eos_token_id=76, n_positions=64), tmp_path / "other")
+    refused(lambda: draft(teacher=str(tmp_path / "other")), "the teacher has 77 tokens", "one vocabulary")
+    draft(corpus="openwebtext", pt_coef=0.0)
+
+
+def test_memory_is_shared_by_the_processes_of_one_machine(capsys, monkeypatch):
+    monkeypatch.setattr(plan, "free_memory", lambda m: 2**30)
+    monkeypatch.setattr(Machine, "max", lambda self, tensor: None)
+    line = plan.Line("minillm", "", 1, 0.6 * 2**30, 1.0)
+    plan.show([line], Machine(torch.device("cpu"), torch.float32), "", False)
+    alone = Machine(torch.device("cpu"), torch.float32, rank=0, world=2)
+    refused(lambda: plan.show([line], alone, "", False), "minillm needs about 0.6 GiB and 0.5 are free")
+    plan.show([line], alone, "", ignore_memory=True)
 
 
 def test_a_stage_that_is_done_is_not_planned_again(distill_config, tmp_path, m):

@@ -133,14 +133,23 @@ def test_temperature_top_k_and_top_p_by_hand():
 def test_samples_that_cannot_be_drawn(m):
     student, _ = pair()
     refused(lambda: sample(student, [[1]], uniforms(0, [0], 3), m, mix_alpha=0.2), "--mix_alpha=0.2", "--teacher")
+    broken = random_gpt()
+    broken.ln_f.weight.data[0] = float("nan")
+    refused(lambda: sample(broken, [[1]], uniforms(0, [0], 3), m), "not numbers", "--dtype")
     refused(lambda: sample(student, [[1] * 30], uniforms(0, [0], 4), m), "30 tokens and 4 new ones", "32 positions")
     assert len(sample(student, [[1] * 30], uniforms(0, [0], 3), m).answers[0]) <= 3  # the last token needs no position
+
+
+def test_a_process_without_prompts_has_no_answers(m):
+    student, teacher = pair()
+    rollout = sample(student, [], uniforms(0, [], 7), m, teacher, 0.2, keep_hidden=True)
+    assert rollout.answers == [] and rollout.response.shape == (0, 7) and rollout.ended.shape == (0,)
 
 
 # ---- command --------------------------------------------------------------------------------------------------------
 
 def run(tiny_models, **settings):
-    return sampling.main(sampling.Config(model=tiny_models["student"], dtype="float32", **settings))
+    return sampling.main(sampling.Config(model=tiny_models["student"], dtype="float32", device="cpu", **settings))
 
 
 def test_one_answer_is_streamed_and_several_are_printed_whole(tiny_models, capsys):
@@ -188,6 +197,9 @@ def test_prompts_from_files(tiny_models, tmp_path, capsys):
     refused(lambda: run(tiny_models, prompt="Tell about the dog"), "no word 'dog'")
     refused(lambda: sampling.Config(), "one of --prompt, --prompts and --data")
     refused(lambda: sampling.Config(prompt="a", data="tiny"), "one of --prompt, --prompts and --data")
+    refused(lambda: sampling.Config(data="tiny", input="Anna"), "--input goes with --prompt")
+    refused(lambda: sampling.Config(data="tiny", raw=True), "--raw goes with")
+    refused(lambda: sampling.Config(prompt="a", teacher="gpt2"), "--teacher=gpt2 does nothing without --mix_alpha")
 
 
 def test_frozen_models_in_bfloat16_keep_the_log_probs_that_they_draw_from(tmp_path):
