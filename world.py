@@ -91,6 +91,7 @@ def is_valid(instruction: str, input: str, answer: str) -> bool:
     raise AssertionError('the grammar ends where it is sent ""')
 
 
+@cache
 def instructions(split: str) -> list[tuple[str, str, str]]:
     """(instruction, input, answer) of a split; half the rows name the hero in their input."""
     count, stream = {"train": (8000, 0), "valid": (200, 1), "test": (300, 2)}[split]
@@ -101,6 +102,7 @@ def instructions(split: str) -> list[tuple[str, str, str]]:
     return rows
 
 
+@cache
 def text() -> list[str]:
     """The plain text of this world: the same words, in lines that are no story."""
     rng, verbs = np.random.default_rng(2), WANTING["past"] + FINDING["past"]

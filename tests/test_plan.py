@@ -60,7 +60,7 @@ def test_what_a_later_stage_would_stumble_over_is_told_first(distill_config, tmp
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused(lambda: draft(corpus="openwebtext"), "pip install pyarrow", "--pt_coef=0")
     refused(lambda: draft(max_tokens=100), "--max_tokens=100", "64 positions")
-    refused(lambda: draft(student="out/none"), "out/none")
+    refused(lambda: draft(student="out/no/such/folder"), "out/no/such/folder")
     save(random_gpt(vocab_size=77, eos_token_id=76, n_positions=64), tmp_path / "other")
     refused(lambda: draft(teacher=str(tmp_path / "other")), "the teacher has 77 tokens", "one vocabulary")
     draft(corpus="openwebtext", pt_coef=0.0)
