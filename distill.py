@@ -209,7 +209,7 @@ PAPER = dict(teacher="gpt2-xl", student="gpt2", data="dolly", corpus="openwebtex
              select="rouge_l", micro_batch=8, sample_batch=64, log_every=1, dtype="auto")
 # What the released code computes; README, "Where we differ".
 OFFICIAL = dict(gamma=0.95, return_from="current", whiten="all", reward_scale=2.0, reward_clip=100.0,
-                weight_single=False, pt_kd=0.5)
+                weight_single=False, normalize="token", pt_kd=0.5)
 # The supervised stages of the built-in world. One of very many right answers is the reference there, and Rouge-L with
 # it is chance: the last weights are kept.
 TINY = dict(batch_size=64, log_every=200)
