@@ -118,6 +118,13 @@ def test_the_loss_has_the_gradient_of_eq_7():
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
 
 
+def test_without_weights_the_ratio_is_to_the_student_that_sampled():
+    log_q, old, mixed, R = (rand(3, 5, seed=s) for s in range(4))
+    for kind, behaviour in (("none", old), ("per_token", mixed)):
+        _, long, _, _ = minillm_loss(log_q, log_q, old, mixed, R, MASK, kind, clip_eps=math.inf)
+        torch.testing.assert_close(long, -(log_q - behaviour).exp() * R * MASK)
+
+
 def test_padding_is_in_no_loss():
     values = [rand(3, 5, seed=s) for s in range(5)]
     outside = [v + 50 * ~MASK for v in values]
@@ -282,12 +289,12 @@ def after(tmp_path_factory, tiny_models):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(single_step=False), dict(long_term=False), dict(mix_alpha=0.0), dict(mix_alpha=0.6), dict(weight="none"),
-    dict(weight="product"), dict(weight="exact"), dict(weight_single=False), dict(length_norm=False),
-    dict(return_from="current"), dict(gamma=0.5), dict(whiten="responses"), dict(whiten="all"), dict(reward_scale=2.0),
-    dict(reward_clip=0.5), dict(clip_eps=0.01), dict(inner_epochs=1), dict(pt_coef=0.0), dict(pt_coef=1.0),
-    dict(pt_kd=0.5), dict(normalize="sequence"), dict(lr=1e-3), dict(warmup_steps=4), dict(grad_clip=1e-3),
-    dict(weight_decay=1.0), dict(seed=2), dict(recipe="official"),
+    dict(single_step=False, return_from="next"), dict(single_step=False), dict(long_term=False), dict(mix_alpha=0.0),
+    dict(mix_alpha=0.6), dict(weight="none"), dict(weight="product"), dict(weight="exact"), dict(weight_single=False),
+    dict(length_norm=False), dict(return_from="current"), dict(gamma=0.5), dict(whiten="responses"),
+    dict(whiten="all"), dict(reward_scale=2.0), dict(reward_clip=0.5), dict(clip_eps=0.01), dict(inner_epochs=1),
+    dict(pt_coef=0.0), dict(pt_coef=1.0), dict(pt_kd=0.5), dict(normalize="sequence"), dict(lr=1e-3),
+    dict(warmup_steps=4), dict(grad_clip=1e-3), dict(weight_decay=1.0), dict(seed=2), dict(recipe="official"),
 ], ids=lambda settings: next(f"{name}={value}" for name, value in settings.items()))
 def test_each_flag_acts(settings, after):
     assert (after(**settings) - after()).abs().max() > 1e-5

@@ -71,6 +71,9 @@ def test_evaluate_scores_every_prompt_and_seed(tiny_models, m):
     assert means["tokens"][0] != means["tokens"][1]  # seeds differ
     again, _ = evaluate(student, tokenizer, examples, m, teacher, (10, 20), 16, batch_size=5, forward=True)
     assert all(again[name] == pytest.approx(means[name], abs=1e-4) for name in means)
+    swapped, _ = evaluate(teacher, tokenizer, examples, m, student, (10, 20), 16, forward=True)
+    assert means["forward_kl"] == pytest.approx(swapped["reverse_kl"], rel=1e-5)  # along the teacher's answers
+    assert means["reverse_kl"] == pytest.approx(swapped["forward_kl"], rel=1e-5)
     itself, _ = evaluate(student, tokenizer, examples, m, student, (10,), 16)
     assert itself["reverse_kl"] == [0.0]
 
