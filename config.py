@@ -10,6 +10,7 @@ Left out: YAML files and a registry of settings (each script shows its own defau
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import json
@@ -166,6 +167,17 @@ class Machine:
             print(*words, flush=True)
 
 
+def keep_freed_memory() -> None:
+    """Tells glibc's allocator to keep what is freed for the next tensor of its size, instead of giving it back page by
+    page or leaving holes between: training took a third less memory so, and no time. Elsewhere nothing happens."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return
+    mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def machine(device: str = "auto", dtype: str = "auto", vocab_chunk: int | None = None) -> Machine:
     """Picks device and dtype, and joins torchrun's process group where there is one.
 
@@ -198,6 +210,8 @@ def machine(device: str = "auto", dtype: str = "auto", vocab_chunk: int | None =
             dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         else:
             dtype = "bfloat16" if native() else "float32"
+    if place.type == "cpu":
+        keep_freed_memory()
     return Machine(place, getattr(torch, dtype), rank, world, vocab_chunk or (128 if place.type == "cpu" else 1024))
 
 
@@ -238,8 +252,10 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 
 def clock(seconds: float) -> str:
-    """"41 s", "7 min", "3 h 20"."""
+    """"41 s", "7 min", "3 h 20", "2.5 days"."""
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d}"
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d}" if minutes < 1440 else f"{minutes / 1440:.1f} days"

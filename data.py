@@ -81,14 +81,14 @@ def load_rows(name: str, split: str) -> list[Row]:
     if name in HUB_SETS:
         repo, splits = HUB_SETS[name]
         if split not in splits:
-            raise UserError(f"--data={name} has only a test split; to train, use dolly, tiny or a .jsonl of your own")
+            raise UserError(f"{name} has only a test split; to train, use dolly, tiny or a .jsonl of your own")
         file, part = splits[split]
         path = fetch(repo, file, "dataset")
         if path is None:
             raise missing(repo, file)
         return read_rows(path)[part]
     if not name.endswith(".jsonl"):
-        raise UserError(f"--data={name} is unknown: give tiny, {', '.join(HUB_SETS)}, or a file that ends in .jsonl")
+        raise UserError(f"{name} is no instruction set: give tiny, {', '.join(HUB_SETS)}, or a .jsonl file")
     rows = read_rows(Path(name))
     if split != "test" and len(rows) < 2:
         raise UserError(f"{name}: one row is too few to train on and to validate with")
@@ -120,7 +120,7 @@ def read_row(line: bytes, need_output: bool) -> Row:
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"not JSON ({error.msg} at column {error.colno}); is the line cut off?") from None
+        raise UserError(f"not JSON (column {error.colno}: {error.msg}); is the line cut off?") from None
     except ValueError as error:
         raise UserError(f"not JSON that can be read ({error})") from None
     except RecursionError:
@@ -232,7 +232,7 @@ def encode(tokenizer: tiktoken.Encoding, texts: list[str]) -> list[list[int]]:
     if tokenizer.name == "words":
         for text in texts:
             if unknown := re.sub(tokenizer._pat_str, "\0", text).strip("\0"):
-                raise UserError(f"the built-in world has no word {unknown.split(chr(0))[0].strip()!r}; "
+                raise UserError(f"a model of the built-in world does not know {unknown.split(chr(0))[0].strip()!r}; "
                                 "`python data.py --data=tiny` shows its language")
         return [tokenizer.encode_ordinary(text) for text in texts]  # short: threads would cost more
     return tokenizer.encode_ordinary_batch(texts)
@@ -305,8 +305,8 @@ def text_files(name: str) -> list[Path]:
         return []
     path = Path(name)
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    if not files or not all(file.is_file() for file in files):
-        raise UserError(f"{name}: there is no such text file, nor a folder with .txt files (tiny-text and openwebtext "
+    if not files or not all(file.is_file() and file.suffix == ".txt" for file in files):
+        raise UserError(f"{name}: there is no such .txt file, nor a folder with .txt files (tiny-text and openwebtext "
                         "are known by name)")
     return files
 
@@ -336,9 +336,9 @@ def load_corpus(name: str, tokenizer: tiktoken.Encoding, folder: Path, m: Machin
             while batch := list(islice(documents, 512)):
                 for tokens, (_, last) in zip(encode(tokenizer, [text for text, _ in batch]), batch):
                     np.array(tokens + [tokenizer.eot_token] * last, np.uint16).tofile(file)
+            if file.tell() == 0:
+                raise UserError(f"{name}: there is no text in it")
     m.barrier()
-    if path.stat().st_size < 4:
-        raise UserError(f"{name}: there is no text in it")
     corpus = np.memmap(path, np.uint16, "r")
     m.say(f"corpus {name}: {len(corpus):,} tokens")
     return corpus
@@ -379,7 +379,9 @@ class Pieces(Sequence):
     """Plain text as examples of `length` tokens: the first is given, the others are predicted."""
 
     def __init__(self, corpus: np.ndarray, length: int):
-        self.corpus, self.length = corpus, min(length, len(corpus))
+        if len(corpus) < length:
+            raise UserError(f"{len(corpus)} tokens of plain text make no piece of --max_tokens={length}")
+        self.corpus, self.length = corpus, length
 
     def __len__(self) -> int:
         return len(self.corpus) // self.length

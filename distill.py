@@ -192,9 +192,11 @@ class Config:
                             f"--max_tokens={self.max_tokens}")
         if not (self.single_step or self.long_term or self.pt_coef):
             raise UserError("--single_step=False, --long_term=False and --pt_coef=0 leave nothing to learn from")
-        for name in self.baselines.split(",") if self.baselines else []:
-            if name not in ("sft", "kd", "seqkd"):
-                raise UserError(f"--baselines={self.baselines}: {name!r} is none of sft, kd and seqkd")
+        if self.warmup_steps >= self.steps:
+            raise UserError(f"--warmup_steps={self.warmup_steps} leaves none of --steps={self.steps} at the full --lr")
+        names = self.baselines.split(",") if self.baselines else []
+        if not set(names) <= {"sft", "kd", "seqkd"} or len(names) > len(set(names)):
+            raise UserError(f"--baselines={self.baselines}: give sft, kd and seqkd, or some of them, once each")
 
     @property
     def test_split(self) -> tuple[str, str]:
@@ -404,8 +406,8 @@ def stages(cfg: Config) -> tuple[list[tuple[str, Callable, object]], Config]:
     Raises UserError for a stage that cannot be skipped, or that would overwrite what it begins with."""
     out, tiny, work = Path(cfg.out), cfg.preset == "tiny", []
     common = {name: getattr(cfg, name) for name in ("data", "max_prompt_tokens", "max_tokens", "valid_limit", "seed",
-                                                    "micro_batch", "sample_batch", "vocab_chunk", "resume", "device",
-                                                    "dtype")}
+                                                    "micro_batch", "sample_batch", "vocab_chunk", "log_every",
+                                                    "resume", "device", "dtype")}
 
     def train(name: str, **settings) -> str:
         settings = common | {"out": str(out / name)} | settings
@@ -457,9 +459,12 @@ def main(cfg: Config) -> list[dict]:
     m, out = machine(cfg.device, cfg.dtype, cfg.vocab_chunk), Path(cfg.out)
     what = f"{cfg.teacher} teaches {cfg.student} {cfg.data}, in {out}"
     work, cfg = stages(cfg)
-    planning.show(planning.Draft(cfg, work, m).lines(), m, what, cfg.ignore_memory)
+    draft = planning.Draft(cfg, work, m)
+    planning.show(draft.lines(), m, what, cfg.ignore_memory)
     if cfg.plan:
         return []
+    if cfg.pt_coef and not (out / "minillm" / "results.json").is_file():  # its faults are told before training
+        data.Pieces(data.load_corpus(cfg.corpus, draft.tokenizer, out / "corpus", m), cfg.max_tokens)
     for name, stage, settings in work:
         began = time.perf_counter()
         stage(settings)

@@ -7,6 +7,7 @@ Shapes:   B answers, T response tokens, N response tokens of several rows, D wid
 Left out: GPT-4 and human judges, calibration, diversity of real text, exposure bias (Section 3.3, Appendix B.5).
 """
 
+import json
 import string
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ import torch
 
 import data
 import world
-from config import Machine, UserError, check, flag, machine, read_json, run, write_json, write_lines
+from config import Machine, UserError, check, flag, machine, run, write_json, write_lines
 from data import Example
 from model import GPT, by_chunks, frozen, load, predicting, same_vocabulary
 from sample import room_for_answers, sample, taken, uniforms
@@ -128,7 +129,7 @@ def main(cfg: Config) -> dict:
     m, tokenizer = machine(cfg.device, cfg.dtype), data.load_tokenizer(cfg.model)
     given = asdict(cfg) | {"batch_size": None, "device": None, "weights": [stamp(cfg.model), stamp(cfg.teacher)]}
     if cfg.out and (Path(cfg.out) / "results.json").is_file():
-        results = read_json(Path(cfg.out) / "results.json")
+        results = json.loads((Path(cfg.out) / "results.json").read_text(encoding="utf-8"))
         if "given" not in results:
             raise UserError(f"--out={cfg.out} holds results of something else: give a folder of its own")
         if results["given"] == given:
@@ -146,7 +147,7 @@ def main(cfg: Config) -> dict:
     means, answers = evaluate(model, tokenizer, examples, m, teacher, seeds, room, cfg.batch_size, forward=True,
                               progress=cfg.model)
     means["loss"] = [held_out_loss(model, examples, m)]
-    m.say(f"{cfg.model} on {name}, {len(examples):,} prompts; mean and standard deviation of {len(seeds)} seeds")
+    m.say(f"{cfg.model} on {name}, {len(examples):,} prompts; mean and standard deviation over seeds: {len(seeds)}")
     for metric, values in means.items():
         spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
         m.say(f"  {metric:12}{np.mean(values):9.3f}{spread}")

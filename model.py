@@ -227,7 +227,8 @@ def fetch(name: str, file: str, repo_type: str = "model", revision: str | None =
     if Path(name).is_dir():
         return Path(name) / file if (Path(name) / file).is_file() else None
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"{name!r} is neither a folder nor a name on the hub (NAME or OWNER/NAME)")
+        made = "; `python distill.py` makes it" if name.startswith("out/tiny") else ""
+        raise UserError(f"{name!r} is neither a folder nor a name on the hub (NAME or OWNER/NAME){made}")
     from huggingface_hub import errors, hf_hub_download
     try:
         return Path(hf_hub_download(name, file, repo_type=repo_type, revision=revision))

@@ -195,7 +195,8 @@ class Draft:
         same_vocabulary(student, teacher)
         room = min(student.n_positions, teacher.n_positions)
         if self.cfg.max_tokens > room:
-            raise UserError(f"--max_tokens={self.cfg.max_tokens} is more than these models' {room} positions")
+            raise UserError(f"--max_tokens={self.cfg.max_tokens} is more than these models' {room} positions; "
+                            "--preset=tiny has lengths for the built-in world")
         if self.cfg.pt_coef:
             data.text_files(self.cfg.corpus)
 

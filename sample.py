@@ -206,6 +206,8 @@ class Config:
               limit=(1, 10**9))
         if [self.prompt, self.prompts, self.data].count(None) != 2:
             raise UserError("give one of --prompt, --prompts and --data")
+        if self.out and Path(self.out).is_dir():
+            raise UserError(f"--out={self.out} is a folder: give the name of a .jsonl")
         if self.input and (self.prompt is None or self.raw):
             raise UserError("--input goes with --prompt, into the template")
         if self.raw and self.data:

@@ -274,6 +274,9 @@ def main(cfg: Config) -> dict:
     for name in filter(None, (cfg.model, cfg.teacher)):  # a wrong name is told before the data are fetched
         is_shape(name) or read_config(name)
     tokenizer = data.tokenizer_for(cfg.data) if is_shape(cfg.model) else data.load_tokenizer(cfg.model)
+    config = new_config(cfg.model, tokenizer) if is_shape(cfg.model) else read_config(cfg.model)
+    if cfg.max_tokens > config.n_positions:
+        raise UserError(f"--max_tokens={cfg.max_tokens} is more than this model's {config.n_positions} positions")
     if data.is_text(cfg.data):
         pieces = data.Pieces(data.load_corpus(cfg.data, tokenizer, out.parent / "corpus", m), cfg.max_tokens)
         split = len(pieces) - min(cfg.valid_limit, -(-len(pieces) // 50))  # the last pieces validate
@@ -285,10 +288,7 @@ def main(cfg: Config) -> dict:
         lengths = cfg.max_prompt_tokens, cfg.max_tokens
         train = data.load_examples(cfg.data, "train", tokenizer, *lengths, m.say)
         valid = data.load_examples(cfg.valid_data or cfg.data, "valid", tokenizer, *lengths, m.say)[: cfg.valid_limit]
-    if is_shape(cfg.model):
-        model = new(new_config(cfg.model, tokenizer), cfg.seed).to(m.device)
-    else:
-        model = load(cfg.model, m.device)
+    model = new(config, cfg.seed).to(m.device) if is_shape(cfg.model) else load(cfg.model, m.device)
     if cfg.dropout is not None:
         model.set_dropout(cfg.dropout)
     teacher = frozen(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None

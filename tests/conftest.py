@@ -47,7 +47,7 @@ def distill_config(tiny_models, tmp_path):
     """A function that makes a Config of distill.py for a few updates of the small models."""
     def config(**settings) -> distill.Config:
         small = dict(preset="tiny", **tiny_models, out=str(tmp_path / "run"), baselines="", steps=4, rollouts=16,
-                     minibatch=8, inner_epochs=2, valid_limit=6, eval_every=4, warmup_steps=1, eval_seeds=2,
+                     minibatch=8, inner_epochs=2, valid_limit=6, eval_every=4, warmup_steps=0, eval_seeds=2,
                      device="cpu")
         return make(distill.Config, small | settings, distill.presets)
     return config

@@ -131,4 +131,5 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 def test_clock():
-    assert [clock(s) for s in (4.4, 99, 420, 12000)] == ["4 s", "99 s", "7 min", "3 h 20"]
+    seconds = 4.4, 99, 420, 12_000, 216_000
+    assert [clock(s) for s in seconds] == ["4 s", "99 s", "7 min", "3 h 20", "2.5 days"]

@@ -73,8 +73,8 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
     refused(lambda: load_rows(str(tmp_path / "empty.jsonl"), "test"), "empty.jsonl", "no rows")
     refused(lambda: load_rows(str(tmp_path / "absent.jsonl"), "test"), "absent.jsonl", "No such file")
-    refused(lambda: load_rows("doly", "test"), "--data=doly is unknown", "dolly", ".jsonl")
-    refused(lambda: load_rows("vicuna", "train"), "--data=vicuna has only a test split", "dolly")
+    refused(lambda: load_rows("doly", "test"), "doly is no instruction set", "dolly", ".jsonl")
+    refused(lambda: load_rows("vicuna", "train"), "vicuna has only a test split", "dolly")
     refused(lambda: load_rows(write_rows(tmp_path / "one.jsonl", row()), "train"), "one row is too few")
 
 
@@ -125,7 +125,8 @@ def test_text_never_becomes_the_end_token(gpt2):
 
 
 def test_the_world_names_a_word_that_it_does_not_know():
-    refused(lambda: data.encode(data.world_tokenizer(), ["Tell about the dog"]), "no word 'dog'", "data.py --data=tiny")
+    refused(lambda: data.encode(data.world_tokenizer(), ["Tell about the dog"]), "does not know 'dog'",
+            "data.py --data=tiny")
 
 
 @pytest.mark.parametrize("vocabulary", ["words", "gpt2"])
@@ -187,9 +188,9 @@ def _write(path, text):
 
 
 def test_plain_text_that_cannot_be_had(tmp_path, gpt2, monkeypatch):
-    refused(lambda: load_corpus("nowhere.txt", gpt2, tmp_path, CPU), "nowhere.txt", "no such text file")
+    refused(lambda: load_corpus("nowhere.txt", gpt2, tmp_path, CPU), "nowhere.txt", "no such .txt file")
     (tmp_path / "void").mkdir()
-    refused(lambda: load_corpus(str(tmp_path / "void"), gpt2, tmp_path, CPU), "no such text file", ".txt")
+    refused(lambda: load_corpus(str(tmp_path / "void"), gpt2, tmp_path, CPU), "no such .txt file")
     refused(lambda: load_corpus(str(_write(tmp_path / "e.txt", "")), gpt2, tmp_path, CPU), "no text in it")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
     refused(lambda: load_corpus(str(tmp_path / "bad.txt"), gpt2, tmp_path, CPU), "bad.txt", "not UTF-8")
@@ -216,7 +217,8 @@ def test_openwebtext_is_read_from_its_parquet_files(tmp_path, gpt2, monkeypatch)
 def test_pieces_are_examples_whose_first_token_is_given():
     pieces = Pieces(np.arange(23, dtype=np.uint16), 5)
     assert len(pieces) == 4 and pieces[1].prompt == [5] and pieces[1].response == [6, 7, 8, 9]
-    assert [e.prompt for e in pieces[1:3]] == [[5], [10]] and len(Pieces(np.arange(3, dtype=np.uint16), 5)) == 1
+    assert [e.prompt for e in pieces[1:3]] == [[5], [10]]
+    refused(lambda: Pieces(np.arange(3, dtype=np.uint16), 5), "3 tokens", "--max_tokens=5")
     with pytest.raises(IndexError):
         pieces[4]
 

@@ -210,7 +210,9 @@ def test_settings_that_cannot_work():
     refused(lambda: Config(rollouts=100), "--rollouts=100 is not a multiple of --minibatch=64")
     refused(lambda: Config(max_tokens=16), "--max_prompt_tokens=16", "--max_tokens=16")
     refused(lambda: Config(single_step=False, long_term=False, pt_coef=0.0), "nothing to learn from")
-    refused(lambda: Config(baselines="sft,dpo"), "--baselines=sft,dpo", "'dpo'")
+    for names in ("sft,dpo", "sft,sft"):
+        refused(lambda names=names: Config(baselines=names), f"--baselines={names}", "once each")
+    refused(lambda: Config(steps=20, warmup_steps=20), "--warmup_steps=20", "--steps=20")
     refused(lambda: Config(mix_alpha=1.5), "--mix_alpha=1.5 is out of range")
     for role, choice in (("teacher", "finetune_teacher"), ("student", "init_student")):
         cfg = make(Config, {role: "1x2x8", choice: "no"}, distill.presets)
@@ -372,7 +374,8 @@ def test_two_processes_do_what_one_does(tiny_models, tmp_path):
     for world in (1, 2):
         out = tmp_path / str(world)
         settings = dict(preset="tiny", **tiny_models, out=out, baselines="", steps=4, rollouts=12, minibatch=6,
-                        inner_epochs=2, valid_limit=1, eval_seeds=2, ignore_memory="True", device="cpu")
+                        inner_epochs=2, valid_limit=1, eval_seeds=2, warmup_steps=1, ignore_memory="True",
+                        device="cpu")
         flags = [f"--{name}={value}" for name, value in settings.items()]
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
         done = subprocess.run([sys.executable, *launch, "distill.py", *flags], cwd=Path(distill.__file__).parent,

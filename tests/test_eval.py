@@ -109,7 +109,8 @@ def test_the_command_writes_its_results_and_keeps_them(tiny_models, tmp_path, ca
 
 def test_commands_that_cannot_work(tiny_models, tmp_path):
     refused(lambda: evaluation.main(evaluation.Config(model="out/nowhere/x/y")), "out/nowhere/x/y")
-    refused(lambda: evaluation.main(evaluation.Config(model=tiny_models["student"], data="nope")), "--data=nope")
+    refused(lambda: evaluation.main(evaluation.Config(model=tiny_models["student"], data="nope")),
+            "nope is no instruction set")
     save(random_gpt(vocab_size=77), tmp_path / "other")
     settings = dict(model=tiny_models["student"], teacher=str(tmp_path / "other"))
     refused(lambda: evaluation.main(evaluation.Config(**settings)), "the teacher has 77 tokens")

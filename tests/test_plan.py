@@ -56,7 +56,7 @@ def test_the_bytes_of_decoding_hold_both_caches(m):
 
 def test_what_a_later_stage_would_stumble_over_is_told_first(distill_config, tmp_path, tiny_models, m, monkeypatch):
     draft = lambda **settings: plan.Draft(distill_config(**settings), [], m)
-    refused(lambda: draft(corpus="nowhere.txt"), "nowhere.txt", "no such text file")
+    refused(lambda: draft(corpus="nowhere.txt"), "nowhere.txt", "no such .txt file")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused(lambda: draft(corpus="openwebtext"), "pip install pyarrow", "--pt_coef=0")
     refused(lambda: draft(max_tokens=100), "--max_tokens=100", "64 positions")

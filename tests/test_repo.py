@@ -88,8 +88,7 @@ def test_the_paper_map_points_at_what_exists():
         assert f"`{file}.py`: " in row and f"`{function}`" in row
 
 
-def test_the_readme_is_short_and_names_every_file():
-    assert len(README.splitlines()) <= 200
+def test_the_readme_names_every_file():
     for name in ORDER:
         assert f"{name}.py" in README
 

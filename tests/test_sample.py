@@ -194,7 +194,7 @@ def test_prompts_from_files(tiny_models, tmp_path, capsys):
     refused(lambda: run(tiny_models, prompts=str(tmp_path / "empty.txt")), "empty.txt", "no prompt")
     refused(lambda: run(tiny_models, prompts=str(tmp_path / "none.txt")), "none.txt", "No such file")
     refused(lambda: run(tiny_models, prompt="", raw=True), "--prompt", "no prompt")
-    refused(lambda: run(tiny_models, prompt="Tell about the dog"), "no word 'dog'")
+    refused(lambda: run(tiny_models, prompt="Tell about the dog"), "does not know 'dog'")
     refused(lambda: sampling.Config(), "one of --prompt, --prompts and --data")
     refused(lambda: sampling.Config(prompt="a", data="tiny"), "one of --prompt, --prompts and --data")
     refused(lambda: sampling.Config(data="tiny", input="Anna"), "--input goes with --prompt")

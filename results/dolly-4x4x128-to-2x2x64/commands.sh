@@ -5,4 +5,4 @@ python teacher.py --model=4x4x128 --data=openstax.txt --updates=600 --evals=3 --
 python teacher.py --model=2x2x64 --data=openstax.txt --updates=300 --evals=2 --valid_limit=20 --batch_size=8 --lr=3e-3 --out=out/base-student  # 6 min
 python teacher.py --model=out/base-teacher --data=dolly --updates=500 --evals=2 --valid_limit=100 --lr=1e-3 --out=out/teacher  # 14 min
 python teacher.py --model=out/base-student --data=dolly --updates=300 --evals=3 --select=loss --valid_limit=100 --lr=2e-3 --out=out/init  # 5 min
-python distill.py --teacher=out/teacher --student=out/init --corpus=openstax.txt --steps=480 --minibatch=16 --rollouts=64 --lr=3e-4 --warmup_steps=20 --eval_every=96 --valid_limit=100 --select=last --log_every=16 --out=out/real  # 49 min, 22 of them the final evaluation
+python distill.py --teacher=out/teacher --student=out/init --corpus=openstax.txt --steps=480 --minibatch=16 --rollouts=64 --lr=3e-4 --warmup_steps=20 --eval_every=96 --valid_limit=100 --select=last --log_every=16 --out=out/real  # 49 min, 18 of them the final evaluation
