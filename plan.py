@@ -19,7 +19,7 @@ import data
 import teacher as supervised
 from config import Machine, UserError, clock
 from data import Example, Row
-from model import GPT, GPTConfig, frozen, is_shape, new_config, read_config, same_vocabulary
+from model import GPT, GPTConfig, PackedLinear, frozen, is_shape, new_config, read_config, same_vocabulary
 from sample import sample, uniforms
 
 
@@ -130,8 +130,9 @@ def free_memory(m: Machine) -> int:
 
 def frozen_bytes(config: GPTConfig, m: Machine) -> int:
     """A model for inference: matrices and output embedding in autocast's dtype, the rest in float32."""
+    packed = PackedLinear.fits(config, m.device, m.dtype)
     if m.dtype == torch.float32:
-        return 4 * config.parameters
+        return 4 * (config.parameters + packed * config.vocab_size * config.n_embd)
     embeddings = (config.vocab_size + config.n_positions) * config.n_embd
     return 2 * (config.parameters - embeddings) + 4 * embeddings + 2 * config.vocab_size * config.n_embd
 
@@ -147,7 +148,8 @@ def update_bytes(config: GPTConfig, cost: Measured, m: Machine, micro_batch: int
 
 def decode_bytes(configs: list[GPTConfig], m: Machine, rows: int, tokens: int) -> float:
     """Caches, and for each row float32 log-probabilities and a float64 distribution function over the vocabulary."""
-    caches = sum(2 * config.n_layer * config.n_embd * rows * tokens * m.dtype.itemsize for config in configs)
+    size = 4 if m.device.type == "cpu" else m.dtype.itemsize
+    caches = sum(2 * config.n_layer * config.n_embd * rows * tokens * size for config in configs)
     return caches + 40 * rows * configs[0].vocab_size
 
 

@@ -61,7 +61,7 @@ def inverse_cdf(logp_vocab: Tensor, uniform: Tensor) -> Tensor:
 
     A token of probability 0 is a step of height 0 and never taken. The last sum stands for 1, so that rounding cannot
     lead beyond the vocabulary."""
-    cdf = logp_vocab.double().exp().cumsum(-1)  # (b, V)
+    cdf = logp_vocab.exp().cumsum(-1, dtype=torch.float64)  # (b, V)
     token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(1)
     return token.clamp(max=logp_vocab.size(-1) - 1)  # beyond it for rows of NaN, which sample() reports
 

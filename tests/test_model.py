@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import model
 from config import Machine
-from model import GPTConfig, KVCache, by_chunks, frozen, load, new, predicting, save
+from model import GPTConfig, KVCache, PackedLinear, by_chunks, frozen, load, new, predicting, save
 
 
 def their_gpt(folder=None, **shape):
@@ -124,6 +124,23 @@ def test_a_frozen_model_computes_what_autocast_does(dtype):
         assert torch.equal(logits(copy, tokens), logits(gpt, tokens))
     assert copy.wte.weight.data_ptr() == gpt.wte.weight.data_ptr()  # shared, not copied
     assert not any(p.requires_grad for p in copy.parameters())
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_packed_weights_compute_the_same(dtype, atol):
+    """Where a CPU's weights are packed, a frozen model's log-probabilities are those of the plain one."""
+    config = GPTConfig(2, 4, 256, 300, 32, eos_token_id=299)
+    if not PackedLinear.fits(config, torch.device("cpu"), dtype):
+        return  # no oneDNN: frozen() leaves the plain weights, and another test has them
+    gpt, m = new(config, 0).eval(), Machine(torch.device("cpu"), dtype)
+    copy, tokens = frozen(gpt, dtype), tokens_for(config)
+    assert isinstance(copy.head(), PackedLinear) and isinstance(copy.h[1].mlp["c_fc"], PackedLinear)
+    with m.autocast(), torch.no_grad():
+        got, want = logits(copy, tokens).log_softmax(-1), logits(gpt, tokens).log_softmax(-1)
+        cache = KVCache(config, len(tokens), tokens.size(1), m.device, dtype)
+        steps = [copy.logits(copy(column[:, None], None, cache))[:, 0].log_softmax(-1) for column in tokens.T]
+    torch.testing.assert_close(got, want, atol=atol, rtol=0)
+    torch.testing.assert_close(torch.stack(steps, 1), want, atol=atol, rtol=0)
 
 
 def test_logits_far_from_zero_survive_bfloat16():

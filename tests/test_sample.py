@@ -10,7 +10,7 @@ from conftest import random_gpt, refused
 
 import data
 import sample as sampling
-from model import frozen
+from model import GPTConfig, PackedLinear, frozen, new
 from sample import inverse_cdf, mix, restrict, sample, uniforms
 
 PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 1, 2], [3, 3]]
@@ -138,6 +138,19 @@ def test_samples_that_cannot_be_drawn(m):
     refused(lambda: sample(broken, [[1]], uniforms(0, [0], 3), m), "not numbers", "--dtype")
     refused(lambda: sample(student, [[1] * 30], uniforms(0, [0], 4), m), "30 tokens and 4 new ones", "32 positions")
     assert len(sample(student, [[1] * 30], uniforms(0, [0], 3), m).answers[0]) <= 3  # the last token needs no position
+
+
+def test_packed_weights_draw_the_same_answers(m, monkeypatch):
+    shape = dict(n_embd=256, n_head=4, vocab_size=50, eos_token_id=49)
+    models = [new(GPTConfig(n_layer=2, n_positions=32, **shape), seed).eval() for seed in (0, 1)]
+    draw = lambda: sample(*(frozen(g, m.dtype) for g in models[:1]), PROMPTS, uniforms(3, range(5), 12), m,
+                          frozen(models[1], m.dtype), 0.2)
+    packed = draw()
+    monkeypatch.setattr(PackedLinear, "fits", staticmethod(lambda *settings: False))
+    plain = draw()
+    assert packed.answers == plain.answers
+    for name in ("student_logp", "teacher_logp", "mixed_logp", "reverse_kl"):
+        torch.testing.assert_close(getattr(packed, name), getattr(plain, name), atol=1e-5, rtol=0)
 
 
 def test_a_process_without_prompts_has_no_answers(m):
