@@ -271,12 +271,12 @@ def main(cfg: Config) -> dict:
         return read_json(out / "results.json")
 
     # 2 data and models
-    for name in filter(None, (cfg.model, cfg.teacher)):  # a wrong name is told before the data are fetched
-        is_shape(name) or read_config(name)
     tokenizer = data.tokenizer_for(cfg.data) if is_shape(cfg.model) else data.load_tokenizer(cfg.model)
     config = new_config(cfg.model, tokenizer) if is_shape(cfg.model) else read_config(cfg.model)
     if cfg.max_tokens > config.n_positions:
         raise UserError(f"--max_tokens={cfg.max_tokens} is more than this model's {config.n_positions} positions")
+    if cfg.teacher:  # told, as a wrong name is, before the data are fetched
+        same_vocabulary(config, read_config(cfg.teacher))
     if data.is_text(cfg.data):
         pieces = data.Pieces(data.load_corpus(cfg.data, tokenizer, out.parent / "corpus", m), cfg.max_tokens)
         split = len(pieces) - min(cfg.valid_limit, -(-len(pieces) // 50))  # the last pieces validate
@@ -292,8 +292,6 @@ def main(cfg: Config) -> dict:
     if cfg.dropout is not None:
         model.set_dropout(cfg.dropout)
     teacher = frozen(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
-    if teacher:
-        same_vocabulary(model.config, teacher.config)
 
     # 3 how long and how fast
     updates, evals, lr = schedule(cfg, model.config, len(train))
