@@ -125,13 +125,15 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
     for at in range(0, B, batch_size):
         batch = order[at : at + batch_size]
         feed, starts = data.pad_left([prompts[row] for row in batch], device)  # (b, P), (b,)
+        padded = len({len(prompts[row]) for row in batch}) > 1
         width, rows, done = feed.size(1) + T - 1, torch.tensor(batch, device=device), torch.zeros_like(starts).bool()
         if width > room:
             raise UserError(f"a prompt of {feed.size(1)} tokens and {T} new ones do not fit into {room} positions")
         caches = [KVCache(model.config, len(batch), width, device, m.dtype) for model in models]
         for t in range(T):
             with m.autocast():
-                hidden = [model(feed, starts, cache)[:, -1] for model, cache in zip(models, caches)]  # (b, D) each
+                hidden = [model(feed, starts if padded else None, cache)[:, -1]  # (b, D) each
+                          for model, cache in zip(models, caches)]
                 logp_vocab = [model.logits(h).log_softmax(-1) for model, h in zip(models, hidden)]  # (b, V) each
             log_q, log_p = logp_vocab[0], logp_vocab[-1]
             drawn_from = restrict(mix(log_q, log_p, mix_alpha), temperature, top_k, top_p)  # (b, V)
