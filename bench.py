@@ -1,21 +1,30 @@
 """Speed and memory of our own parts, one JSON line each, beside this machine's floor and, on demand, beside a peer.
 
 Weights and prompts are random, so nothing is downloaded; end tokens are off, so that answers are of full length.
-Ours and the peer's run in turn, in one process; the figures are medians, and only their ratio is worth much.
+Ours and the peer's run in turn, each in a process of its own; figures are medians, and only their ratio is worth much.
 
 Run:      python bench.py --parts=sample_q,sample_mixed
-          python bench.py --against=transformers --memory      also peak memory, each side in a process of its own
-          python bench.py --student=6x12x768 --teacher=12x12x768 --parts=cycle --against=transformers
+          python bench.py --against=transformers
+          python bench.py --student=6x12x768 --teacher=12x12x768 --parts=cycle --against=trl
+          python bench.py --parts=sample_mixed,update --response_tokens=64,128,256,512 --figure=out/growth.svg
+Peers:    transformers; trl, whose MiniLLM trainer is gone from 1.16 (pip install trl==1.14.2); nanogpt, which is no
+          package: --nanogpt=FOLDER of its repository.
 Shapes:   B answers, P prompt tokens, T response tokens.
-Left out: multi-GPU scaling (torchrun's log has the seconds); the quality of what is computed (the tests').
+Left out: multi-GPU scaling (log.jsonl of a run has the seconds); the quality of what is computed (the tests').
 """
 
+import contextlib
+import importlib.util
 import json
 import multiprocessing
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -30,7 +39,7 @@ from eval import rouge_l
 from model import GPT, GPTConfig, frozen, is_shape, new
 from sample import Rollout, sample, uniforms
 
-PARTS = ("sample_q", "sample_p", "sample_mixed", "update", "cycle", "sft", "rouge")
+PARTS = ("sample_q", "sample_p", "sample_mixed", "update", "cycle", "collection", "sft", "rouge")
 
 
 @dataclass(frozen=True)
@@ -38,121 +47,221 @@ class Config:
     parts: str = flag(",".join(PARTS), "what to time")
     student: str = flag("12x12x768", "LAYERSxHEADSxWIDTH, with GPT-2's vocabulary; gpt2 is 12x12x768")
     teacher: str = flag("24x16x1024", "likewise; gpt2-medium is 24x16x1024, gpt2-xl 48x25x1600")
-    batch: int = flag(8, "answers, B")
+    batch: int = flag(8, "answers decoded together, and answers of an update, B")
+    micro_batch: int | None = flag(None, "answers of a forward pass in an update; default all of them")
     prompt_tokens: int = flag(64, "P")
-    response_tokens: int = flag(64, "T")
+    response_tokens: str = flag("64", "T; or several, as in 64,128,256,512")
+    pt_tokens: int = flag(0, "length of the pieces of D_PT in an update, as many as answers; 0 for none")
+    rollouts: int = flag(16, "answers of a collection")
+    inner_epochs: int = flag(4, "passes over a collection")
     sft_tokens: int = flag(256, "length of a sample of supervised training")
     repeats: int = flag(3, "runs of each side, after one that does not count")
-    against: Literal["none", "transformers"] = flag("none", "time the same shapes there too, in turn")
+    against: Literal["none", "transformers", "trl", "nanogpt"] = flag("none", "time the same shapes there too, in turn")
+    nanogpt: str | None = flag(None, "folder of nanoGPT's repository")
     peer_dtype: Literal["same", "float32", "bfloat16"] = flag("same", "what the peer computes in")
-    memory: bool = flag(False, "peak memory too, each part and side in a process of its own")
+    figure: str | None = flag(None, "draw seconds over T there, .svg or .png")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "what autocast computes in")
 
     def __post_init__(self):
-        check(self, batch=(1, 10**5), prompt_tokens=(1, 1022), response_tokens=(1, 1022), sft_tokens=(2, 1024),
-              repeats=(1, 1000))
+        check(self, batch=(1, 10**5), micro_batch=(1, 10**5), prompt_tokens=(1, 1022), pt_tokens=(0, 1024),
+              rollouts=(1, 10**5), inner_epochs=(1, 1000), sft_tokens=(2, 1024), repeats=(1, 1000))
         for part in self.parts.split(","):
             if part not in PARTS:
                 raise UserError(f"--parts={self.parts}: {part!r} is none of {', '.join(PARTS)}")
         for name in (self.student, self.teacher):
             if not is_shape(name):
                 raise UserError(f"{name!r} is no LAYERSxHEADSxWIDTH, such as 12x12x768")
+        for length in self.response_tokens.split(","):
+            if not length.isdecimal() or not 0 < int(length) <= 1024 - self.prompt_tokens:
+                raise UserError(f"--response_tokens={self.response_tokens}: {length!r} is no number from 1 to "
+                                f"{1024 - self.prompt_tokens}, which is what --prompt_tokens leaves of 1024 positions")
+        if self.pt_tokens == 1:
+            raise UserError("--pt_tokens=1: nothing is predicted in a piece of one token; give 0 for none")
+        if self.rollouts % self.batch:
+            raise UserError(f"--rollouts={self.rollouts} is not a multiple of --batch={self.batch}")
+        if self.against == "nanogpt" and not (self.nanogpt and (Path(self.nanogpt) / "model.py").is_file()):
+            raise UserError(f"--nanogpt={self.nanogpt}: give the folder of nanoGPT's repository, with its model.py")
+        if self.against in ("transformers", "trl") and importlib.util.find_spec(self.against) is None:
+            raise UserError(f"--against={self.against}: pip install {self.against}, and mind that 1.15 is the last trl "
+                            "with MiniLLM")
+        if self.figure and Path(self.figure).suffix not in (".svg", ".png"):
+            raise UserError(f"--figure={self.figure} must end in .svg or .png")
+
+
+def draw(count: int, length: int) -> list[list[int]]:
+    """Random tokens of GPT-2's vocabulary, its end token left out."""
+    return np.random.default_rng(0).integers(0, 50256, (count, length)).tolist()
+
+
+def synchronize(m: Machine) -> None:
+    if m.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(m: Machine, function: Callable) -> float:
+    began = time.perf_counter()
+    function()
+    synchronize(m)
+    return time.perf_counter() - began
 
 
 # ---- ours -----------------------------------------------------------------------------------------------------------
 
 class Ours:
-    """Each part as a function of nothing."""
+    """Each part as a function of nothing. What a part needs is made when it is first asked for."""
 
-    def __init__(self, cfg: Config, m: Machine):
-        self.cfg, self.m = cfg, m
-        shape = lambda name: GPTConfig(*map(int, name.split("x")), eos_token_id=-1, resid_pdrop=0.0)
-        self.student, self.teacher = (new(shape(name), seed).to(m.device) for seed, name in
-                                      enumerate((cfg.student, cfg.teacher)))
-        self.q, self.p = (frozen(model, m.dtype) for model in (self.student, self.teacher))
-        draw = lambda length: np.random.default_rng(0).integers(0, 50257, length).tolist()
-        self.prompts = [draw(cfg.prompt_tokens)] * cfg.batch
-        self.samples = [Example(Row(""), draw(1), draw(cfg.sft_tokens - 1))] * cfg.batch
-        self.optimizer, self.scaler = supervised.optimizer_of(self.student, m, (0.9, 0.95), 0.0)
-        self.rollout: Rollout | None = None
+    def __init__(self, cfg: Config, m: Machine, response_tokens: int):
+        self.cfg, self.m, self.T, self.spent = cfg, m, response_tokens, {}
+        self.prompts = draw(cfg.batch, cfg.prompt_tokens)
+        self.samples = [Example(Row(""), row[:1], row[1:]) for row in draw(cfg.batch, cfg.sft_tokens)]
+        self.pieces = [Example(Row(""), row[:1], row[1:]) for row in draw(cfg.batch, cfg.pt_tokens)]
 
-    def decode(self, model: GPT, teacher: GPT | None = None, keep_hidden: bool = False) -> Rollout:
-        uniform = uniforms(0, range(self.cfg.batch), self.cfg.response_tokens)
-        return sample(model, self.prompts, uniform, self.m, teacher, 0.2 if teacher else 0.0, self.cfg.batch,
-                      keep_hidden=keep_hidden)
+    def new(self, shape: str) -> GPT:
+        config = GPTConfig(*map(int, shape.split("x")), eos_token_id=-1, resid_pdrop=0.0)
+        return new(config, seed=0).to(self.m.device)
+
+    @cached_property
+    def student(self) -> GPT:
+        return self.new(self.cfg.student)
+
+    @cached_property
+    def q(self) -> GPT:
+        return frozen(self.new(self.cfg.student), self.m.dtype)
+
+    @cached_property
+    def p(self) -> GPT:
+        return frozen(self.new(self.cfg.teacher), self.m.dtype)
+
+    @cached_property
+    def optimizer(self):
+        return supervised.optimizer_of(self.student, self.m, (0.9, 0.95), 0.0)
+
+    @cached_property
+    def rollout(self) -> Rollout:
+        return self.decode(self.q, self.p)
+
+    @contextlib.contextmanager
+    def clocked(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        synchronize(self.m)
+        self.spent[part] = self.spent.get(part, 0.0) + time.perf_counter() - began
+
+    def decode(self, model: GPT, teacher: GPT | None, answers: int | None = None) -> Rollout:
+        answers = answers or self.cfg.batch
+        prompts = [self.prompts[i % self.cfg.batch] for i in range(answers)]
+        with self.clocked("decode"):
+            return sample(model, prompts, uniforms(0, range(answers), self.T), self.m, teacher,
+                          0.2 if teacher else 0.0, self.cfg.batch, keep_hidden=teacher is not None)
 
     def sample_q(self) -> None:
-        self.decode(self.q)
+        self.decode(self.q, None)
 
     def sample_p(self) -> None:
-        self.decode(self.p)
+        self.decode(self.p, None)
 
     def sample_mixed(self) -> None:
-        self.rollout = self.decode(self.q, self.p, keep_hidden=True)
+        self.decode(self.q, self.p)
+
+    def learn(self, rollout: Rollout, rows: list[int]) -> None:
+        """One update on these answers, and on as many pieces of D_PT, as distill.py takes it."""
+        (optimizer, scaler), m, size = self.optimizer, self.m, self.cfg.micro_batch or self.cfg.batch
+        reward = distill.token_reward(rollout.teacher_logp, rollout.student_logp)
+        R = distill.future_reward(reward, rollout.response_mask)
+        for at in range(0, len(rows), size):
+            micro = rows[at : at + size]
+            with self.clocked("forward"):
+                student_logp, kl, mask = distill.score(self.student, self.p, rollout, micro, m)
+            with self.clocked("backward"):
+                loss_single, loss_long, _, _ = distill.minillm_loss(
+                    student_logp, kl, rollout.student_logp[micro], rollout.mixed_logp[micro], R[micro], mask)
+                scaler.scale((loss_single + loss_long).sum() / (len(rows) * self.T)).backward()
+        for at in range(0, len(rows) if self.cfg.pt_tokens else 0, size):
+            with self.clocked("forward"):
+                _, loss = supervised.answer_loss(self.student, self.pieces[at : at + size], m)
+            with self.clocked("backward"):
+                scaler.scale(loss / (len(rows) * (self.cfg.pt_tokens - 1))).backward()
+        with self.clocked("optimizer"):
+            supervised.apply_update(self.student, optimizer, scaler, m, 1e-6, 1.0)
 
     def update(self) -> None:
-        """One inner step on all answers, as distill.py takes it, without L_PT."""
-        if self.rollout is None:
-            self.sample_mixed()
-        rollout, m = self.rollout, self.m
-        student_logp, kl, mask = distill.score(self.student, self.p, rollout, list(range(self.cfg.batch)), m)
-        reward = distill.token_reward(rollout.teacher_logp, rollout.student_logp)
-        R = distill.future_reward(reward, mask)
-        single, long, _, _ = distill.minillm_loss(student_logp, kl, rollout.student_logp, rollout.mixed_logp, R, mask)
-        self.scaler.scale((single + long).sum() / mask.sum()).backward()
-        supervised.apply_update(self.student, self.optimizer, self.scaler, m, 1e-6, 1.0)
+        self.learn(self.rollout, list(range(self.cfg.batch)))
+
+    def collect(self, answers: int, epochs: int) -> None:
+        rollout = self.decode(frozen(self.student, self.m.dtype), self.p, answers)
+        for epoch in range(epochs):
+            for batch in distill.minibatches(answers, self.cfg.batch, (0, epoch)):
+                self.learn(rollout, batch)
 
     def cycle(self) -> None:
-        """A collection, and one update on it."""
-        self.q = frozen(self.student, self.m.dtype)
-        self.sample_mixed()
-        self.update()
+        """B answers, and one update on them."""
+        self.collect(self.cfg.batch, 1)
+
+    def collection(self) -> None:
+        self.collect(self.cfg.rollouts, self.cfg.inner_epochs)
 
     def sft(self) -> None:
-        _, loss = supervised.answer_loss(self.student, self.samples, self.m)
-        self.scaler.scale(loss / (self.cfg.batch * (self.cfg.sft_tokens - 1))).backward()
-        supervised.apply_update(self.student, self.optimizer, self.scaler, self.m, 1e-6, 1.0)
+        optimizer, scaler = self.optimizer
+        with self.clocked("forward"):
+            _, loss = supervised.answer_loss(self.student, self.samples, self.m)
+        with self.clocked("backward"):
+            scaler.scale(loss / (self.cfg.batch * (self.cfg.sft_tokens - 1))).backward()
+        with self.clocked("optimizer"):
+            supervised.apply_update(self.student, optimizer, scaler, self.m, 1e-6, 1.0)
 
     def rouge(self) -> None:
         for n in range(100):
             rouge_l(" ".join(f"word{(n * i) % 97}" for i in range(64)), [" ".join(f"word{i % 89}" for i in range(64))])
 
 
-# ---- the peer: `transformers` as one would use it -------------------------------------------------------------------
+# ---- peers, as one would use them -----------------------------------------------------------------------------------
 
 class Transformers:
     """generate() for one model; for two the plain loop over tokens; for a cycle the calls that the released code of the
     paper makes: two generations, three passes of each model over the answers, and the teacher again in the update."""
 
-    def __init__(self, cfg: Config, m: Machine):
+    def __init__(self, cfg: Config, m: Machine, response_tokens: int):
+        self.cfg, self.m, self.T = cfg, m, response_tokens
+        self.dtype = m.dtype if cfg.peer_dtype == "same" else getattr(torch, cfg.peer_dtype)
+        self.tokens = torch.tensor(draw(cfg.batch, cfg.prompt_tokens), device=m.device)
+        self.samples = torch.tensor(draw(cfg.batch, cfg.sft_tokens), device=m.device)
+
+    def new(self, shape: str):
         from transformers import GPT2Config, GPT2LMHeadModel
-        self.cfg, self.m = cfg, m
-        dtype = m.dtype if cfg.peer_dtype == "same" else getattr(torch, cfg.peer_dtype)
-        drops = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        model = lambda name: GPT2LMHeadModel(GPT2Config(**dict(zip(("n_layer", "n_head", "n_embd"),
-                                                                   map(int, name.split("x")))), **drops)).to(m.device)
-        self.dtype, self.student, self.teacher = dtype, model(cfg.student), model(cfg.teacher).to(dtype).eval()
-        self.tokens = torch.randint(0, 50257, (cfg.batch, cfg.prompt_tokens), device=m.device)
-        self.samples = torch.randint(0, 50257, (cfg.batch, cfg.sft_tokens), device=m.device)
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-6)
+        n_layer, n_head, n_embd = map(int, shape.split("x"))
+        return GPT2LMHeadModel(GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, resid_pdrop=0.0,
+                                          embd_pdrop=0.0, attn_pdrop=0.0)).to(self.m.device)
+
+    @cached_property
+    def student(self):
+        return self.new(self.cfg.student)
+
+    @cached_property
+    def teacher(self):
+        return self.new(self.cfg.teacher).to(self.dtype).eval()
+
+    @cached_property
+    def q(self):
+        """The student for decoding: in the dtype itself, as one would load it."""
+        return self.new(self.cfg.student).to(self.dtype).eval()
+
+    @cached_property
+    def optimizer(self):
+        return torch.optim.AdamW(self.student.parameters(), lr=1e-6)
+
+    @cached_property
+    def whole(self) -> Tensor:
+        return self.mixed(self.q)
 
     def autocast(self):
         return torch.autocast(self.m.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def light(self):
-        """The student for decoding: in the dtype itself, as one would load it."""
-        import copy
-        return copy.deepcopy(self.student).to(self.dtype).eval()
-
     def generate(self, model) -> Tensor:
         return model.generate(self.tokens, attention_mask=torch.ones_like(self.tokens), do_sample=True, top_k=0,
-                              max_new_tokens=self.cfg.response_tokens, min_new_tokens=self.cfg.response_tokens,
-                              pad_token_id=50256)
+                              max_new_tokens=self.T, min_new_tokens=self.T, pad_token_id=50256)
 
     def sample_q(self) -> None:
-        if not hasattr(self, "q"):
-            self.q = self.light()
         self.generate(self.q)
 
     def sample_p(self) -> None:
@@ -161,7 +270,7 @@ class Transformers:
     @torch.no_grad()
     def mixed(self, student) -> Tensor:
         tokens, feed, caches = self.tokens, self.tokens, [None, None]
-        for _ in range(self.cfg.response_tokens):
+        for _ in range(self.T):
             outputs = [model(feed, past_key_values=cache, use_cache=True)
                        for model, cache in zip((student, self.teacher), caches)]
             caches = [output.past_key_values for output in outputs]
@@ -171,52 +280,116 @@ class Transformers:
         return tokens
 
     def sample_mixed(self) -> None:
-        if not hasattr(self, "q"):
-            self.q = self.light()
-        self.whole = self.mixed(self.q)
+        self.mixed(self.q)
 
     def update(self) -> None:
-        if not hasattr(self, "whole"):
-            self.sample_mixed()
-        response, at = self.whole[:, self.cfg.prompt_tokens :], slice(self.cfg.prompt_tokens - 1, -1)
+        self.learn(self.whole)
+
+    def learn(self, tokens: Tensor) -> None:
+        response, at = tokens[:, self.cfg.prompt_tokens :], slice(self.cfg.prompt_tokens - 1, -1)
         with self.autocast():
             with torch.no_grad():
-                log_p = self.teacher(self.whole).logits[:, at].float().log_softmax(-1)
-            log_q = self.student(self.whole).logits[:, at].float().log_softmax(-1)
+                log_p = self.teacher(tokens).logits[:, at].float().log_softmax(-1)
+            log_q = self.student(tokens).logits[:, at].float().log_softmax(-1)
             kl = (log_q.exp() * (log_q - log_p)).sum(-1)
             logp = log_q.gather(-1, response[..., None]).squeeze(-1)
             (kl - logp).mean().backward()
+        self.step()
+
+    def step(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def cycle(self) -> None:
-        student = self.light()
-        self.whole = self.mixed(student)
-        other = self.generate(student)
+        import copy
+        student = copy.deepcopy(self.student).to(self.dtype).eval()
+        tokens, other = self.mixed(student), self.generate(student)
         with torch.no_grad():
-            for tokens in (self.whole, self.whole, other):
-                self.teacher(tokens).logits.float().log_softmax(-1)
-                student(tokens).logits.float().log_softmax(-1)
-        self.update()
+            for scored in (tokens, tokens, other):
+                self.teacher(scored).logits.float().log_softmax(-1)
+                student(scored).logits.float().log_softmax(-1)
+        del student
+        self.learn(tokens)
 
     def sft(self) -> None:
         with self.autocast():
             self.student(self.samples, labels=self.samples).loss.backward()
+        self.step()
+
+
+class Trl(Transformers):
+    """A step of TRL's MiniLLM trainer: it neither mixes nor has D_PT, and its return is the default, or Eq. (2)'s."""
+
+    @cached_property
+    def trainer(self):
+        from datasets import Dataset
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+        from trl.experimental.minillm import MiniLLMConfig, MiniLLMTrainer
+        words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(50257)}, unk_token="w0"))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w50256", pad_token="w50256")
+        rows = [{"prompt": " ".join(f"w{token}" for token in row)} for row in self.tokens.tolist()] * 2
+        args = MiniLLMConfig(
+            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=self.cfg.batch, num_generations=2, max_steps=1,
+            max_completion_length=self.T, generation_kwargs={"min_new_tokens": self.T}, temperature=1.0, gamma=1.0,
+            bf16=self.dtype == torch.bfloat16, gradient_checkpointing=False, learning_rate=1e-6, report_to=[],
+            use_cpu=self.m.device.type == "cpu", save_strategy="no", logging_strategy="no", disable_tqdm=True)
+        trainer = MiniLLMTrainer(self.student, self.new(self.cfg.teacher), args=args, processing_class=tokenizer,
+                                 train_dataset=Dataset.from_list(rows))
+        trainer.train()  # makes the optimizer
+        return trainer
+
+    def cycle(self) -> None:
+        batch = next(iter(self.trainer.get_train_dataloader()))
+        self.trainer.training_step(self.trainer.model_wrapped, batch, None)
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.trainer.optimizer.step()
+        self.trainer.optimizer.zero_grad()
+
+
+class NanoGPT:
+    """nanoGPT's model and optimizer; it generates without a cache, and on a CPU its AdamW is not fused."""
+
+    def __init__(self, cfg: Config, m: Machine, response_tokens: int):
+        self.cfg, self.m, self.T = cfg, m, response_tokens
+        self.dtype = m.dtype if cfg.peer_dtype == "same" else getattr(torch, cfg.peer_dtype)
+        spec = importlib.util.spec_from_file_location("nanogpt_model", Path(cfg.nanogpt) / "model.py")
+        self.code = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.code)
+
+    @cached_property
+    def student(self):
+        n_layer, n_head, n_embd = map(int, self.cfg.student.split("x"))
+        with contextlib.redirect_stdout(None):
+            return self.code.GPT(self.code.GPTConfig(1024, 50257, n_layer, n_head, n_embd, 0.0)).to(self.m.device)
+
+    @cached_property
+    def optimizer(self):
+        with contextlib.redirect_stdout(None):
+            return self.student.configure_optimizers(0.0, 1e-6, (0.9, 0.95), self.m.device.type)
+
+    def sample_q(self) -> None:
+        with torch.no_grad(), torch.autocast(self.m.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            tokens = torch.tensor(draw(self.cfg.batch, self.cfg.prompt_tokens), device=self.m.device)
+            self.student.generate(tokens, self.T)
+
+    def sft(self) -> None:
+        samples = torch.tensor(draw(self.cfg.batch, self.cfg.sft_tokens), device=self.m.device)
+        with torch.autocast(self.m.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            _, loss = self.student(samples[:, :-1], samples[:, 1:].contiguous())
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+SIDES = {"ours": (Ours, PARTS), "nanogpt": (NanoGPT, ("sample_q", "sft")), "trl": (Trl, ("cycle",)),
+         "transformers": (Transformers, ("sample_q", "sample_p", "sample_mixed", "update", "cycle", "sft"))}
 
 
 # ---- the machine's floor --------------------------------------------------------------------------------------------
-
-def seconds(m: Machine, function: Callable) -> float:
-    began = time.perf_counter()
-    function()
-    if m.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
 
 def measure_machine(m: Machine) -> tuple[float, float]:
     """FLOP/s of a large matrix product in the dtype of autocast, and bytes/s of reading memory: the best of five."""
@@ -226,7 +399,7 @@ def measure_machine(m: Machine) -> tuple[float, float]:
     return rate, max(words.nbytes / seconds(m, lambda: words.max()) for _ in range(5))
 
 
-def floor(cfg: Config, m: Machine, part: str, rate: float, bandwidth: float) -> float | None:
+def floor(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: float) -> float | None:
     """Seconds that a part must take on this machine: its products at the full rate, or its weights read once a step."""
     shape = lambda name: GPTConfig(*map(int, name.split("x")))
     matrices = {name: shape(name).n_layer * 12 * shape(name).n_embd**2 for name in (cfg.student, cfg.teacher)}
@@ -235,33 +408,83 @@ def floor(cfg: Config, m: Machine, part: str, rate: float, bandwidth: float) -> 
 
     def decode(name: str) -> float:
         step = max(size * (matrices[name] + heads[name]) / bandwidth, 2 * B * (matrices[name] + heads[name]) / rate)
-        return 2 * B * cfg.prompt_tokens * matrices[name] / rate + cfg.response_tokens * step
+        return 2 * B * cfg.prompt_tokens * matrices[name] / rate + T * step
 
     def train(name: str, tokens: int, predicted: int) -> float:
         return 6 * B * (tokens * matrices[name] + predicted * heads[name]) / rate
 
     both = decode(cfg.student) + decode(cfg.teacher)
-    update = train(cfg.student, cfg.prompt_tokens + cfg.response_tokens, cfg.response_tokens)
-    update += 2 * B * cfg.response_tokens * heads[cfg.teacher] / rate
+    update = train(cfg.student, cfg.prompt_tokens + T, T) + train(cfg.student, cfg.pt_tokens, max(0, cfg.pt_tokens - 1))
+    update += 2 * B * T * heads[cfg.teacher] / rate
     return {"sample_q": decode(cfg.student), "sample_p": decode(cfg.teacher), "sample_mixed": both, "update": update,
-            "cycle": both + update, "sft": train(cfg.student, cfg.sft_tokens, cfg.sft_tokens)}.get(part)
+            "cycle": both + update, "collection": cfg.rollouts // B * (both + cfg.inner_epochs * update),
+            "sft": train(cfg.student, cfg.sft_tokens, cfg.sft_tokens)}.get(part)
 
 
 # ---- command --------------------------------------------------------------------------------------------------------
 
-SIDES = {"ours": Ours, "transformers": Transformers}
+def serve(side: str, part: str, T: int, cfg: Config, m: Machine, pipe: Connection) -> None:
+    """A process of one side, so that neither an allocator's settings nor memory are shared: runs its part when asked,
+    and answers with seconds, what they went to, and peak GiB; on a CPU resident memory, which Linux alone tells."""
+    owner = SIDES[side][0](cfg, machine(cfg.device, cfg.dtype) if side == "ours" else m, T)
+    while pipe.recv():
+        owner.spent = {}
+        taken, gib = seconds(m, getattr(owner, part)), float("nan")
+        if m.device.type == "cuda":
+            gib = torch.cuda.max_memory_allocated(m.device) / 2**30
+        elif Path("/proc/self/status").exists():  # not getrusage: a child inherits its parent's figure there
+            lines = Path("/proc/self/status").read_text().splitlines()
+            gib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+        pipe.send((taken, owner.spent, gib))
 
 
-def peak(side: str, part: str, cfg: Config) -> float:
-    """GiB at most, of a process that does nothing else. On a CPU resident memory, which Linux alone tells."""
-    m = machine(cfg.device, cfg.dtype)
-    function = getattr(SIDES[side](cfg, m), part)
-    for _ in range(2):
-        function()
-    if m.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(m.device) / 2**30
-    with open("/proc/self/status") as file:  # not getrusage, to whose figure a child inherits its parent's
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2**20
+def measure(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: float) -> dict:
+    """The line of one part: each side in a process of its own, in turn."""
+    spawn, pipes = multiprocessing.get_context("spawn"), {}
+    for side in ("ours", cfg.against):
+        if side != "none" and part in SIDES[side][1]:
+            pipes[side], end = spawn.Pipe()
+            spawn.Process(target=serve, args=(side, part, T, cfg, m, end), daemon=True).start()
+            end.close()
+    runs = {side: [] for side in pipes}
+    for _ in range(cfg.repeats + 1):
+        for side, pipe in pipes.items():
+            pipe.send(True)
+            try:
+                runs[side].append(pipe.recv())
+            except EOFError:
+                raise UserError(f"{part}: {side} failed; what it said stands above") from None
+    for pipe in pipes.values():
+        pipe.send(False)
+    ours, *peers = (statistics.median(taken for taken, _, _ in run[1:]) for run in runs.values())
+    _, spent, gib = runs["ours"][-1]
+    if part == "rouge":
+        return {"part": part, "answers_per_second": round(100 / ours)}
+    count = {"sft": cfg.batch * cfg.sft_tokens, "collection": cfg.rollouts * T}.get(part, cfg.batch * T)
+    line = {"part": part, "student": cfg.student, "teacher": cfg.teacher, "batch": cfg.batch,
+            "prompt_tokens": cfg.prompt_tokens, "response_tokens": T, "seconds": round(ours, 4),
+            "seconds_by_part": {name: round(value, 4) for name, value in spent.items()},
+            "tokens_per_second": round(count / ours, 1), "share_of_floor":
+            round(floor(cfg, m, part, T, rate, bandwidth) / ours, 3), "peak_gib": round(gib, 2)}
+    if peers:
+        line |= {"against": cfg.against, "peer_seconds": round(peers[0], 4), "ratio": round(peers[0] / ours, 2),
+                 "peer_peak_gib": round(runs[cfg.against][-1][2], 2)}
+    return line
+
+
+def plot(lines: list[dict], path: Path) -> None:
+    """Seconds over the length of answers, one line a part."""
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for part in dict.fromkeys(line["part"] for line in lines if "seconds" in line):
+        points = [(line["response_tokens"], line["seconds"]) for line in lines if line["part"] == part]
+        axes.plot(*zip(*points), "o-", label=part)
+        first = points[0]
+        axes.plot([0, points[-1][0]], [0, first[1] / first[0] * points[-1][0]], ":", color=axes.lines[-1].get_color())
+    axes.set(xlabel="response tokens, T", ylabel="seconds (dotted: the first point, in proportion)", xlim=0, ylim=0)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight")
 
 
 def main(cfg: Config) -> list[dict]:
@@ -269,35 +492,13 @@ def main(cfg: Config) -> list[dict]:
     rate, bandwidth = measure_machine(m)
     print(json.dumps({"device": str(m.device), "threads": torch.get_num_threads(), "dtype": str(m.dtype)[6:],
                       "gflops": round(rate / 1e9), "read_gb_per_s": round(bandwidth / 1e9, 1)}), flush=True)
-    made, lines = {side: SIDES[side](cfg, m) for side in ("ours", cfg.against) if side != "none"}, []
-    for part in cfg.parts.split(","):
-        functions = {side: getattr(owner, part) for side, owner in made.items() if hasattr(owner, part)}
-        times = {side: [] for side in functions}
-        for n in range(cfg.repeats + 1):
-            for side, function in functions.items():
-                taken = seconds(m, function)
-                if n:
-                    times[side].append(taken)
-        median = {side: statistics.median(values) for side, values in times.items()}
-        count = cfg.batch * (cfg.sft_tokens if part == "sft" else cfg.response_tokens)
-        least = floor(cfg, m, part, rate, bandwidth)
-        line = {"part": part, "student": cfg.student, "teacher": cfg.teacher, "batch": cfg.batch,
-                "prompt_tokens": cfg.prompt_tokens, "response_tokens": cfg.response_tokens,
-                "seconds": round(median["ours"], 4), "tokens_per_second": round(count / median["ours"], 1)}
-        if part == "rouge":
-            line = {"part": part, "answers_per_second": round(100 / median["ours"])}
-        if least:
-            line["share_of_floor"] = round(least / median["ours"], 3)
-        if cfg.against in median:
-            line |= {"against": cfg.against, "peer_seconds": round(median[cfg.against], 4),
-                     "ratio": round(median[cfg.against] / median["ours"], 2)}
-        if cfg.memory and part != "rouge":
-            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-                for side in functions:
-                    line["peak_gib" if side == "ours" else "peer_peak_gib"] = round(
-                        pool.apply(peak, (side, part, cfg)), 2)
-        print(json.dumps(line), flush=True)
-        lines.append(line)
+    lines = []
+    for T in map(int, cfg.response_tokens.split(",")):
+        for part in cfg.parts.split(","):
+            lines.append(measure(cfg, m, part, T, rate, bandwidth))
+            print(json.dumps(lines[-1]), flush=True)
+    if cfg.figure:
+        plot(lines, Path(cfg.figure))
     return lines
 
 

@@ -8,42 +8,68 @@ from conftest import refused
 
 import bench
 
-SMALL = dict(student="1x2x8", teacher="2x2x16", batch=2, prompt_tokens=4, response_tokens=3, sft_tokens=6, repeats=1,
-             device="cpu", dtype="float32")
+SMALL = dict(student="1x2x8", teacher="2x2x16", batch=2, prompt_tokens=4, response_tokens="3", sft_tokens=6, repeats=1,
+             rollouts=4, inner_epochs=2, pt_tokens=5, micro_batch=1, device="cpu", dtype="float32")
 
 
-def test_every_part_prints_one_line(capsys):
-    lines = bench.main(bench.Config(**SMALL))
+def test_a_part_prints_one_line_for_each_length_beside_its_peer(capsys, tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    figure = tmp_path / "growth.svg"
+    cfg = bench.Config(**SMALL | dict(response_tokens="3,4", parts="cycle", against="transformers", figure=str(figure)))
+    lines = bench.main(cfg)
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert printed[1:] == lines and [line["part"] for line in lines] == list(bench.PARTS)
+    assert printed[1:] == lines and [line["response_tokens"] for line in lines] == [3, 4]
     assert printed[0]["gflops"] > 0 and printed[0]["read_gb_per_s"] > 0
-    assert all(line["seconds"] > 0 and line["share_of_floor"] >= 0 for line in lines[:-1])
+    for line in lines:
+        assert line["seconds"] > 0 and line["ratio"] > 0 and line["peak_gib"] > 0 and line["peer_peak_gib"] > 0
+        assert set(line["seconds_by_part"]) == {"decode", "forward", "backward", "optimizer"}
+    assert "response tokens" in figure.read_text()
+
+
+@pytest.mark.parametrize("part", bench.PARTS)
+def test_every_part_runs(m, part):
+    ours = bench.Ours(bench.Config(**SMALL), m, 3)
+    getattr(ours, part)()
+    floor = bench.floor(ours.cfg, m, part, 3, rate=1.0, bandwidth=1.0)
+    assert floor is None if part == "rouge" else floor > 0 and ours.spent
+
+
+@pytest.mark.parametrize("part", bench.SIDES["transformers"][1])
+def test_the_peer_runs_the_same_parts(m, part):
+    pytest.importorskip("transformers")
+    getattr(bench.Transformers(bench.Config(**SMALL), m, 3), part)()
 
 
 def test_answers_are_of_full_length_and_an_update_moves_the_student(m):
-    ours = bench.Ours(bench.Config(**SMALL), m)
+    ours = bench.Ours(bench.Config(**SMALL), m, 3)
     before = ours.student.wte.weight.clone()
-    ours.cycle()
+    ours.update()
     assert ours.rollout.response_mask.all() and ours.rollout.response.shape == (2, 3)
     assert not torch.equal(ours.student.wte.weight, before)
-
-
-def test_the_peer_runs_the_same_shapes():
-    pytest.importorskip("transformers")
-    parts = "sample_q,sample_mixed,cycle,sft"
-    for line in bench.main(bench.Config(**SMALL, parts=parts, against="transformers")):
-        assert line["against"] == "transformers" and line["ratio"] > 0
 
 
 def test_the_floor_of_a_step_is_its_weights_read_once_or_its_products(m):
     cfg = bench.Config(**SMALL | dict(prompt_tokens=1))
     weights, head = 12 * 8 * 8, 50257 * 8
-    by_reading = bench.floor(cfg, m, "sample_q", rate=1e30, bandwidth=4.0)
+    by_reading = bench.floor(cfg, m, "sample_q", 3, rate=1e30, bandwidth=4.0)
     assert by_reading == pytest.approx(3 * (weights + head))  # 4 bytes each, 3 steps
-    by_products = bench.floor(cfg, m, "sample_q", rate=1.0, bandwidth=1e30)
+    by_products = bench.floor(cfg, m, "sample_q", 3, rate=1.0, bandwidth=1e30)
     assert by_products == pytest.approx(2 * 2 * weights + 3 * 2 * 2 * (weights + head))
 
 
-def test_flags_that_cannot_work():
+def test_the_floor_of_a_collection_is_that_of_its_decoding_and_its_updates(m):
+    cfg = bench.Config(**SMALL)
+    floor = lambda part: bench.floor(cfg, m, part, 3, rate=1.0, bandwidth=1.0)
+    assert floor("collection") == pytest.approx(2 * floor("sample_mixed") + 2 * 2 * floor("update"))
+
+
+def test_flags_that_cannot_work(tmp_path):
     refused(lambda: bench.Config(parts="sample_q,rollout"), "--parts=sample_q,rollout", "'rollout'")
     refused(lambda: bench.Config(student="gpt2"), "'gpt2'", "12x12x768")
+    refused(lambda: bench.Config(response_tokens="64,x"), "--response_tokens=64,x", "'x'")
+    refused(lambda: bench.Config(response_tokens="1000"), "--response_tokens=1000", "960")
+    refused(lambda: bench.Config(rollouts=12), "--rollouts=12", "--batch=8")
+    refused(lambda: bench.Config(pt_tokens=1), "--pt_tokens=1")
+    refused(lambda: bench.Config(figure="growth.pdf"), "--figure=growth.pdf", ".svg")
+    refused(lambda: bench.Config(against="nanogpt", nanogpt=str(tmp_path)), "--nanogpt", "model.py")
