@@ -36,7 +36,7 @@ import teacher as supervised
 from config import Machine, UserError, check, flag, machine, run
 from data import Example, Row
 from eval import rouge_l
-from model import GPT, GPTConfig, frozen, is_shape, new
+from model import GPT, GPTConfig, frozen, is_shape, new, trained
 from sample import Rollout, sample, uniforms
 
 PARTS = ("sample_q", "sample_p", "sample_mixed", "update", "cycle", "collection", "sft", "rouge")
@@ -49,6 +49,8 @@ class Config:
     teacher: str = flag("24x16x1024", "likewise; gpt2-medium is 24x16x1024, gpt2-xl 48x25x1600")
     batch: int = flag(8, "answers decoded together, and answers of an update, B")
     micro_batch: int | None = flag(None, "answers of a forward pass in an update; default all of them")
+    recompute: bool = flag(False, "make each layer again in the backward pass")
+    compile: bool = flag(False, "torch.compile what is trained")
     prompt_tokens: int = flag(64, "P")
     response_tokens: str = flag("64", "T; or several, as in 64,128,256,512")
     pt_tokens: int = flag(0, "length of the pieces of D_PT in an update, as many as answers; 0 for none")
@@ -123,7 +125,7 @@ class Ours:
 
     @cached_property
     def student(self) -> GPT:
-        return self.new(self.cfg.student)
+        return trained(self.new(self.cfg.student), self.cfg.recompute, self.cfg.compile)
 
     @cached_property
     def q(self) -> GPT:

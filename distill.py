@@ -27,7 +27,7 @@ import plan as planning
 import sample as sampling
 import teacher as supervised
 from config import Machine, UserError, check, clock, flag, machine, make, read_json, run, write_json, write_lines
-from model import GPT, by_chunks, frozen, is_shape, load, predicting, same_vocabulary
+from model import GPT, by_chunks, frozen, is_shape, load, predicting, same_vocabulary, trained
 from sample import Rollout, sample, taken, uniforms
 
 # ---- the equations, in the paper's order ----------------------------------------------------------------------------
@@ -173,6 +173,8 @@ class Config:
     micro_batch: int = flag(64, "answers of a forward pass; changes memory and speed only")
     sample_batch: int = flag(256, "answers decoded together; likewise")
     vocab_chunk: int | None = flag(None, "positions whose logits exist at a time; likewise; default by device")
+    recompute: bool = flag(False, "make each layer again in the backward pass: less memory, a third more time")
+    compile: bool = flag(False, "torch.compile the trained model; likewise changes speed only, but for rounding")
     seed: int = flag(1, "of prompts, draws, order and new weights")
     log_every: int = flag(32, "updates between printed lines; log.jsonl has them all")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...")
@@ -218,8 +220,8 @@ TINY = dict(batch_size=64, log_every=200)
 TINY_TEACHER = TINY | dict(updates=800, lr=6e-3, batch_size=32, select="last", evals=1)
 TINY_INIT = TINY | dict(updates=1000, lr=1.2e-2, evals=4)
 TINY_BASELINE = TINY | dict(lr=6e-3, select="last", evals=4)
-FREE = {"resume", "device", "log_every", "micro_batch", "sample_batch", "vocab_chunk", "out", "plan", "ignore_memory",
-        "baselines", "eval_seeds", "test_data"}  # flags that do not change what phase 2 learns
+# flags that do not change what phase 2 learns
+FREE = supervised.FREE | {"plan", "ignore_memory", "baselines", "eval_seeds", "test_data"}
 
 
 def presets(given: dict) -> dict:
@@ -278,7 +280,8 @@ def distil(cfg: Config) -> dict:
     valid = data.load_examples(cfg.data, "valid", tokenizer, *limits, m.say)[: cfg.valid_limit]
     corpus = data.load_corpus(cfg.corpus, tokenizer, out.parent / "corpus", m) if cfg.pt_coef else None
     corpus = data.Pieces(corpus, cfg.max_tokens) if cfg.pt_coef else []
-    student, teacher = load(cfg.student, m.device), frozen(load(cfg.teacher, m.device), m.dtype)
+    student = trained(load(cfg.student, m.device), cfg.recompute, cfg.compile)
+    teacher = frozen(load(cfg.teacher, m.device), m.dtype)
     same_vocabulary(student.config, teacher.config)
     optimizer, scaler = supervised.optimizer_of(student, m, (0.9, 0.95), cfg.weight_decay)
     step, best = supervised.load_state(out, cfg, student, optimizer, scaler, m)
@@ -406,8 +409,8 @@ def stages(cfg: Config) -> tuple[list[tuple[str, Callable, object]], Config]:
     Raises UserError for a stage that cannot be skipped, or that would overwrite what it begins with."""
     out, tiny, work = Path(cfg.out), cfg.preset == "tiny", []
     common = {name: getattr(cfg, name) for name in ("data", "max_prompt_tokens", "max_tokens", "valid_limit", "seed",
-                                                    "micro_batch", "sample_batch", "vocab_chunk", "log_every",
-                                                    "resume", "device", "dtype")}
+                                                    "micro_batch", "sample_batch", "vocab_chunk", "recompute",
+                                                    "compile", "log_every", "resume", "device", "dtype")}
 
     def train(name: str, **settings) -> str:
         settings = common | {"out": str(out / name)} | settings

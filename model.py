@@ -124,7 +124,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config, self.dropout = config, config.resid_pdrop
+        self.config, self.dropout, self.recompute = config, config.resid_pdrop, False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -153,7 +153,10 @@ class GPT(nn.Module):
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, D)
         x = F.dropout(x, self.dropout, self.training)
         for layer, block in enumerate(self.h):
-            x = block(x, mask, cache, layer)
+            if self.recompute and torch.is_grad_enabled():  # the backward pass makes it again, from x
+                x = checkpoint(block, x, mask, cache, layer, use_reentrant=False)
+            else:
+                x = block(x, mask, cache, layer)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
@@ -220,6 +223,15 @@ def frozen(model: GPT, dtype: torch.dtype) -> GPT:
                     part[name] = PackedLinear(linear.weight.detach().to(dtype), linear.bias.detach(), name == "c_fc")
             block.gelu = nn.Identity()  # c_fc ends with it
     return copy.requires_grad_(False).eval()
+
+
+def trained(model: GPT, recompute: bool, compile: bool) -> GPT:
+    """The model, prepared for training: each layer made again in the backward pass, from its input alone, which takes a
+    third more time and little memory; compiled by torch.compile, for samples of any length."""
+    model.recompute = recompute
+    if compile:
+        model.compile(dynamic=True)
+    return model
 
 
 # ---- a new model ----------------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ class Measured:
     update_layer: float  # seconds of the optimizer
     update_output: float
 
-    def train(self, layers: int, samples: float, tokens: float, predicted: float) -> float:
-        return samples * (tokens * layers * self.layer + predicted * self.output)
+    def train(self, layers: int, samples: float, tokens: float, predicted: float, recompute: bool) -> float:
+        return samples * (tokens * layers * (self.layer + recompute * self.layer_forward) + predicted * self.output)
 
     def judge(self, layers: int, samples: float, tokens: float, predicted: float) -> float:
         """The teacher's forward pass; a third of the output's time, which is forward and twice backward."""
@@ -137,12 +137,15 @@ def frozen_bytes(config: GPTConfig, m: Machine) -> int:
     return 2 * (config.parameters - embeddings) + 4 * embeddings + 2 * config.vocab_size * config.n_embd
 
 
-def update_bytes(config: GPTConfig, cost: Measured, m: Machine, micro_batch: int, tokens: int) -> float:
-    """Activations of a micro-batch of the longest samples, autocast's copies of the matrices, and five copies of one
-    chunk's logits."""
+def update_bytes(config: GPTConfig, cost: Measured, m: Machine, micro_batch: int, tokens: int,
+                 recompute: bool) -> float:
+    """Activations of a micro-batch of the longest samples, or each layer's input and one layer's activations;
+    autocast's copies of the matrices, and five copies of one chunk's logits."""
     positions = micro_batch * tokens
     copies = 2 * config.parameters if m.dtype != torch.float32 else 0
     activations = positions * config.n_layer * cost.layer_bytes
+    if recompute:
+        activations = positions * (config.n_layer * config.n_embd * 4 + cost.layer_bytes)
     return activations + copies + 5 * 4 * min(m.vocab_chunk, positions) * config.vocab_size
 
 
@@ -220,10 +223,10 @@ class Draft:
         config, cost = self.shape(s.model)
         updates, evals, lr = supervised.schedule(s, config, self.rows)
         samples = updates * s.batch_size / self.m.world
-        time = cost.train(config.n_layer, samples, self.tokens, self.answer_tokens)
+        time = cost.train(config.n_layer, samples, self.tokens, self.answer_tokens, s.recompute)
         time += updates * cost.update(config.n_layer)
         time += evals * self.decode([s.model, s.teacher] if s.teacher else [s.model], min(s.valid_limit, self.rows))
-        size = 16 * config.parameters + update_bytes(config, cost, self.m, s.micro_batch, s.max_tokens)
+        size = 16 * config.parameters + update_bytes(config, cost, self.m, s.micro_batch, s.max_tokens, s.recompute)
         if s.teacher:
             judge, judge_cost = self.shape(s.teacher)
             time += judge_cost.judge(judge.n_layer, samples, self.tokens, self.answer_tokens)
@@ -243,16 +246,16 @@ class Draft:
         answers, samples = cfg.steps * cfg.minibatch / cfg.inner_epochs, cfg.steps * cfg.minibatch / m.world
         validated = (cfg.steps / cfg.eval_every + 1) * min(cfg.valid_limit, self.rows)
         time = self.decode([cfg.student, cfg.teacher], answers + validated) + cfg.steps * cost.update(student.n_layer)
-        time += cost.train(student.n_layer, samples, self.tokens, self.answer_tokens)
+        time += cost.train(student.n_layer, samples, self.tokens, self.answer_tokens, cfg.recompute)
         time += judge_cost.judge(0, samples, 0, self.answer_tokens)
         if cfg.pt_coef:
-            time += cost.train(student.n_layer, samples, cfg.max_tokens, cfg.max_tokens)
+            time += cost.train(student.n_layer, samples, cfg.max_tokens, cfg.max_tokens, cfg.recompute)
             time += judge_cost.judge(judge.n_layer, samples, cfg.max_tokens, cfg.max_tokens) if cfg.pt_kd else 0.0
         rows = -(-cfg.rollouts // m.world)
         size = 16 * student.parameters + frozen_bytes(student, m) + frozen_bytes(judge, m)
         size += rows * self.longest * (judge.n_embd * m.dtype.itemsize + 40)
         size += max(decode_bytes([student, judge], m, min(rows, cfg.sample_batch), cfg.max_tokens),
-                    update_bytes(student, cost, m, cfg.micro_batch, cfg.max_tokens))
+                    update_bytes(student, cost, m, cfg.micro_batch, cfg.max_tokens, cfg.recompute))
         what = f"{answers:,.0f} answers from the mixture, {cfg.inner_epochs} inner epochs"
         return Line("minillm", what, cfg.steps, size, time)
 
@@ -294,5 +297,5 @@ def show(lines: list[Line], m: Machine, what: str, ignore_memory: bool) -> None:
         m.max(short)
         if short and not ignore_memory:
             raise UserError(f"{line.stage} needs about {line.bytes / 2**30:.1f} GiB and {free / 2**30:.1f} are free: "
-                            "lower --micro_batch, --sample_batch or --vocab_chunk, choose smaller models, or try all "
-                            "the same with --ignore_memory")
+                            "lower --micro_batch, --sample_batch or --vocab_chunk, give --recompute, choose smaller "
+                            "models, or try all the same with --ignore_memory")

@@ -40,6 +40,7 @@ from model import (
     read_config,
     same_vocabulary,
     save,
+    trained,
 )
 from sample import taken
 
@@ -60,6 +61,8 @@ class Config:
     micro_batch: int = flag(8, "samples of a forward pass; changes memory and speed only, and the draws of dropout")
     sample_batch: int = flag(64, "answers decoded together in validation; changes memory and speed only")
     vocab_chunk: int | None = flag(None, "positions whose logits exist at a time; likewise; default by device")
+    recompute: bool = flag(False, "make each layer again in the backward pass: less memory, a third more time")
+    compile: bool = flag(False, "torch.compile the trained model; likewise changes speed only, but for rounding")
     weight_decay: float = flag(0.01, "of AdamW")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
     dropout: float | None = flag(None, "while training; default as in the model's config.json")
@@ -97,7 +100,7 @@ class Config:
 RECIPES = ((200e6, 5e-4, 20), (600e6, 1e-4, 20), (1.3e9, 1e-4, 10), (math.inf, 5e-5, 10))
 # Flags that change no result but by rounding and the draws of dropout: a run may be resumed, or found finished, with
 # others.
-FREE = {"resume", "device", "log_every", "micro_batch", "sample_batch", "vocab_chunk", "out"}
+FREE = {"resume", "device", "log_every", "micro_batch", "sample_batch", "vocab_chunk", "recompute", "compile", "out"}
 
 
 def schedule(cfg: Config, config: GPTConfig, rows: int) -> tuple[int, int, float]:
@@ -289,6 +292,7 @@ def main(cfg: Config) -> dict:
         train = data.load_examples(cfg.data, "train", tokenizer, *lengths, m.say)
         valid = data.load_examples(cfg.valid_data or cfg.data, "valid", tokenizer, *lengths, m.say)[: cfg.valid_limit]
     model = new(config, cfg.seed).to(m.device) if is_shape(cfg.model) else load(cfg.model, m.device)
+    model = trained(model, cfg.recompute, cfg.compile)
     if cfg.dropout is not None:
         model.set_dropout(cfg.dropout)
     teacher = frozen(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import model
 from config import Machine
-from model import GPTConfig, KVCache, PackedLinear, by_chunks, frozen, load, new, predicting, save
+from model import GPTConfig, KVCache, PackedLinear, by_chunks, frozen, load, new, predicting, save, trained
 
 
 def their_gpt(folder=None, **shape):
@@ -114,6 +114,23 @@ def test_chunks_of_the_vocabulary_change_nothing():
         results.append((kl, top, *gradients))
     for whole, chunked in zip(*results):
         torch.testing.assert_close(whole, chunked, atol=1e-12, rtol=0)
+
+
+def test_recomputed_layers_change_nothing_and_are_not_kept():
+    """Values and gradients in float64, dropout's draws included; and how many tensors wait for the backward pass."""
+    gpt, kept = random_gpt(n_layer=4, resid_pdrop=0.2).double().train(), []
+    results, counts = [], []
+    for recompute in (False, True):
+        trained(gpt, recompute, compile=False)
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            loss = gpt.logits(gpt(tokens_for(gpt.config))).log_softmax(-1)[..., 0].sum()
+        counts.append(len(kept))
+        results.append((loss, *torch.autograd.grad(loss, list(gpt.parameters()))))
+        kept.clear()
+    for plain, again in zip(*results):
+        torch.testing.assert_close(plain, again, atol=1e-12, rtol=0)
+    assert counts[1] < counts[0] / 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

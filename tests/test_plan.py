@@ -17,7 +17,8 @@ COST = Measured(layer=2.0, output=3.0, layer_forward=0.5, layer_bytes=10.0, step
 
 
 def test_a_cost_grows_with_layers_samples_and_tokens():
-    assert COST.train(layers=4, samples=5, tokens=7, predicted=2) == 5 * (7 * 4 * 2.0 + 2 * 3.0)
+    assert COST.train(layers=4, samples=5, tokens=7, predicted=2, recompute=False) == 5 * (7 * 4 * 2.0 + 2 * 3.0)
+    assert COST.train(layers=4, samples=5, tokens=7, predicted=2, recompute=True) == 5 * (7 * 4 * 2.5 + 2 * 3.0)
     assert COST.judge(layers=4, samples=5, tokens=7, predicted=2) == 5 * (7 * 4 * 0.5 + 2 * 3.0 / 3)
     assert COST.step(4) == 4 * 0.1 + 0.2 and COST.update(4) == 4 * 0.3 + 0.4
 
@@ -29,6 +30,12 @@ def test_what_is_measured_is_not_negative_and_activations_are_those_of_a_layer(m
     # float32 kept for the backward pass of a layer: of width D at least the inputs of its 2 norms and 4 matrices
     # (D, D, D, D, D, 4D) and q, k, v; at most a score for each of 32 tokens and 2 heads besides
     assert 4 * (5 + 4 + 3) * 16 <= cost.layer_bytes <= 4 * (40 * 16 + 2 * 32)
+
+
+def test_recomputed_layers_leave_their_inputs_and_one_layer_s_activations(m):
+    config = GPTConfig(5, 2, 16, 50, 64)
+    kept, again = (plan.update_bytes(config, COST, m, 2, 8, recompute) for recompute in (False, True))
+    assert kept - again == 2 * 8 * (5 * 10.0 - (5 * 16 * 4 + 10.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
