@@ -49,6 +49,7 @@ class Config:
     teacher: str = flag("24x16x1024", "likewise; gpt2-medium is 24x16x1024, gpt2-xl 48x25x1600")
     batch: int = flag(8, "answers decoded together, and answers of an update, B")
     micro_batch: int | None = flag(None, "answers of a forward pass in an update; default all of them")
+    capture: bool = flag(False, "on a GPU: record a decoding step as a CUDA graph, and replay it")
     recompute: bool = flag(False, "make each layer again in the backward pass")
     compile: bool = flag(False, "torch.compile what is trained")
     prompt_tokens: int = flag(64, "P")
@@ -428,7 +429,7 @@ def floor(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: fl
 def serve(side: str, part: str, T: int, cfg: Config, m: Machine, pipe: Connection) -> None:
     """A process of one side, so that neither an allocator's settings nor memory are shared: runs its part when asked,
     and answers with seconds, what they went to, and peak GiB; on a CPU resident memory, which Linux alone tells."""
-    owner = SIDES[side][0](cfg, machine(cfg.device, cfg.dtype) if side == "ours" else m, T)
+    owner = SIDES[side][0](cfg, machine(cfg.device, cfg.dtype, capture=cfg.capture) if side == "ours" else m, T)
     while pipe.recv():
         owner.spent = {}
         taken, gib = seconds(m, getattr(owner, part)), float("nan")

@@ -135,6 +135,7 @@ class Machine:
     rank: int = 0
     world: int = 1
     vocab_chunk: int = 128  # positions whose logits exist at a time
+    capture: bool = False  # record a decoding step as a CUDA graph, and replay it
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -178,7 +179,8 @@ def keep_freed_memory() -> None:
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def machine(device: str = "auto", dtype: str = "auto", vocab_chunk: int | None = None) -> Machine:
+def machine(device: str = "auto", dtype: str = "auto", vocab_chunk: int | None = None,
+            capture: bool = False) -> Machine:
     """Picks device and dtype, and joins torchrun's process group where there is one.
 
     dtype auto: bfloat16 where the device multiplies it natively, else float16 on CUDA and float32 on the CPU. Logits of
@@ -202,6 +204,8 @@ def machine(device: str = "auto", dtype: str = "auto", vocab_chunk: int | None =
             raise UserError(f"there is no GPU number {index}: this machine has {torch.cuda.device_count()}, from 0 on")
         place = torch.device("cuda", index)
         torch.cuda.set_device(place)
+    elif capture:
+        raise UserError("--capture records a step of a GPU; on the CPU there is nothing to record")
     if world > 1 and not dist.is_initialized():  # all wait while one tokenises plain text, hence the hours
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     if dtype == "auto":
@@ -212,7 +216,8 @@ def machine(device: str = "auto", dtype: str = "auto", vocab_chunk: int | None =
             dtype = "bfloat16" if native() else "float32"
     if place.type == "cpu":
         keep_freed_memory()
-    return Machine(place, getattr(torch, dtype), rank, world, vocab_chunk or (128 if place.type == "cpu" else 1024))
+    chunk = vocab_chunk or (128 if place.type == "cpu" else 1024)
+    return Machine(place, getattr(torch, dtype), rank, world, chunk, capture)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

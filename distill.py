@@ -173,6 +173,7 @@ class Config:
     micro_batch: int = flag(64, "answers of a forward pass; changes memory and speed only")
     sample_batch: int = flag(256, "answers decoded together; likewise")
     vocab_chunk: int | None = flag(None, "positions whose logits exist at a time; likewise; default by device")
+    capture: bool = flag(False, "on a GPU: record a decoding step as a CUDA graph, and replay it")
     recompute: bool = flag(False, "make each layer again in the backward pass: less memory, a third more time")
     compile: bool = flag(False, "torch.compile the trained model; likewise changes speed only, but for rounding")
     seed: int = flag(1, "of prompts, draws, order and new weights")
@@ -221,7 +222,7 @@ TINY_TEACHER = TINY | dict(updates=800, lr=6e-3, batch_size=32, select="last", e
 TINY_INIT = TINY | dict(updates=1000, lr=1.2e-2, evals=4)
 TINY_BASELINE = TINY | dict(lr=6e-3, select="last", evals=4)
 # flags that do not change what phase 2 learns
-FREE = supervised.FREE | {"plan", "ignore_memory", "baselines", "eval_seeds", "test_data"}
+FREE = supervised.FREE | {"capture", "plan", "ignore_memory", "baselines", "eval_seeds", "test_data"}
 
 
 def presets(given: dict) -> dict:
@@ -268,7 +269,7 @@ def minibatches(rollouts: int, minibatch: int, seed: tuple[int, ...]) -> list[li
 
 def distil(cfg: Config) -> dict:
     """Phase 2: the student, phase 1 behind it, learns from the teacher. The result is a model folder, OUT/minillm."""
-    m, out = machine(cfg.device, cfg.dtype, cfg.vocab_chunk), Path(cfg.out) / "minillm"
+    m, out = machine(cfg.device, cfg.dtype, cfg.vocab_chunk, cfg.capture), Path(cfg.out) / "minillm"
 
     # 1 what is there already
     if supervised.begin(out, cfg, FREE, m):
@@ -438,7 +439,7 @@ def stages(cfg: Config) -> tuple[list[tuple[str, Callable, object]], Config]:
             answers = sampling.Config(
                 model=teacher, data=cfg.data, split="train", out=str(out / "answers.jsonl"), seed=cfg.seed,
                 max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_tokens - cfg.max_prompt_tokens,
-                batch_size=cfg.sample_batch, device=cfg.device, dtype=cfg.dtype)
+                batch_size=cfg.sample_batch, capture=cfg.capture, device=cfg.device, dtype=cfg.dtype)
             work.append(("answers", answer_once, answers))
             train(name, **baseline | dict(data=answers.out, valid_data=cfg.data))
     return work, dataclasses.replace(cfg, teacher=teacher, student=student)
@@ -459,7 +460,7 @@ def answer_once(cfg: sampling.Config) -> None:
 
 
 def main(cfg: Config) -> list[dict]:
-    m, out = machine(cfg.device, cfg.dtype, cfg.vocab_chunk), Path(cfg.out)
+    m, out = machine(cfg.device, cfg.dtype, cfg.vocab_chunk, cfg.capture), Path(cfg.out)
     what = f"{cfg.teacher} teaches {cfg.student} {cfg.data}, in {out}"
     work, cfg = stages(cfg)
     draft = planning.Draft(cfg, work, m)
@@ -484,7 +485,7 @@ def main(cfg: Config) -> list[dict]:
             model=model, data=test, split=split, teacher=cfg.teacher, seeds=cfg.eval_seeds,
             out=str(out / "test" / method),
             max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_tokens - cfg.max_prompt_tokens,
-            batch_size=cfg.sample_batch, device=cfg.device, dtype=cfg.dtype))["scores"]
+            batch_size=cfg.sample_batch, capture=cfg.capture, device=cfg.device, dtype=cfg.dtype))["scores"]
         spread = {name: float(np.std(values, ddof=1)) for name, values in scores.items() if len(values) > 1}
         means = {name: float(np.mean(values)) for name, values in scores.items()}
         rows.append({"method": method} | means | {"std": spread})

@@ -116,6 +116,7 @@ class Config:
     max_prompt_tokens: int = flag(256, "longer prompts are dropped")
     max_response_tokens: int | None = flag(None, "longest answer; default 256, or what the model has room for")
     batch_size: int = flag(64, "answers decoded together; changes memory and speed only")
+    capture: bool = flag(False, "on a GPU: record a decoding step as a CUDA graph, and replay it")
     out: str | None = flag(None, "folder for results.json and samples.jsonl; default: only print")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "what autocast computes in")
@@ -126,8 +127,9 @@ class Config:
 
 
 def main(cfg: Config) -> dict:
-    m, tokenizer = machine(cfg.device, cfg.dtype), data.load_tokenizer(cfg.model)
-    given = asdict(cfg) | {"batch_size": None, "device": None, "weights": [stamp(cfg.model), stamp(cfg.teacher)]}
+    m, tokenizer = machine(cfg.device, cfg.dtype, capture=cfg.capture), data.load_tokenizer(cfg.model)
+    given = asdict(cfg) | dict.fromkeys(("batch_size", "capture", "device"))
+    given["weights"] = [stamp(cfg.model), stamp(cfg.teacher)]
     if cfg.out and (Path(cfg.out) / "results.json").is_file():
         results = json.loads((Path(cfg.out) / "results.json").read_text(encoding="utf-8"))
         if "given" not in results:

@@ -54,16 +54,25 @@ class GPTConfig:
 class KVCache:
     """Keys and values of every layer, allocated once and written in place. `length` is the number of tokens held.
 
-    On a CPU they are float32 even under autocast: its attention of one token in bfloat16 took five times as long."""
+    On a CPU they are float32 even under autocast: its attention of one token in bfloat16 took five times as long.
 
-    def __init__(self, config: GPTConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype):
+    A step that is recorded and replayed may not go by a number that the host counts. With `recorded`, the place of a
+    single token is read from the tensor `position`, and the first `width` columns are attended to, masked beyond it."""
+
+    def __init__(self, config: GPTConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype,
+                 recorded: bool = False):
         head_width, dtype = config.n_embd // config.n_head, torch.float32 if device.type == "cpu" else dtype
-        self.kv = torch.empty(config.n_layer, 2, batch, config.n_head, length, head_width, device=device, dtype=dtype)
-        self.length = 0
+        new = torch.zeros if recorded else torch.empty  # what is masked may be anything but NaN
+        self.kv = new(config.n_layer, 2, batch, config.n_head, length, head_width, device=device, dtype=dtype)
+        self.length, self.width = 0, length
+        self.position = torch.zeros(1, dtype=torch.int64, device=device) if recorded else None
 
     def extend(self, layer: int, kv: Tensor) -> Tensor:
         """Writes keys and values (2, B, H, T, D/H) behind what is held, and returns all, (2, B, H, S, D/H)."""
         end = self.length + kv.size(3)
+        if self.position is not None and kv.size(3) == 1:
+            self.kv[layer].index_copy_(3, self.position, kv.to(self.kv.dtype))
+            return self.kv[layer, :, :, :, : self.width]
         self.kv[layer, :, :, :, self.length : end] = kv
         return self.kv[layer, :, :, :, :end]
 
@@ -140,16 +149,17 @@ class GPT(nn.Module):
         T, past = tokens.size(1), cache.length if cache else 0
         if past + T > self.config.n_positions:
             raise UserError(f"{past + T} tokens do not fit into this model's {self.config.n_positions} positions")
-        columns = torch.arange(past + T, device=tokens.device)  # (S,)
-        positions, mask = columns[past:], None  # (T,)
-        if starts is not None or (past and T > 1):
+        recorded = cache is not None and cache.position is not None and T == 1
+        columns = torch.arange(cache.width if recorded else past + T, device=tokens.device)  # (S,)
+        positions, mask = cache.position if recorded else columns[past:], None  # (T,)
+        if starts is not None or (past and T > 1) or recorded:
             first = (torch.zeros_like(tokens[:, 0]) if starts is None else starts)[:, None]  # (B, 1)
             query = positions[:, None]
             # padding may see itself: a row of nothing but -inf would become NaN
             mask = (columns <= query) & ((columns >= first[..., None]) | (columns == query))  # (B, T, S)
             mask, positions = mask[:, None], (positions - first).clamp(min=0)  # (B, 1, T, S), (B, T)
             if cache is not None:  # as attention wants it, made once and not in each layer
-                mask = torch.where(mask, 0.0, -torch.inf).to(cache.kv.dtype)
+                mask = torch.zeros_like(mask, dtype=cache.kv.dtype).masked_fill_(~mask, -torch.inf)
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, D)
         x = F.dropout(x, self.dropout, self.training)
         for layer, block in enumerate(self.h):
@@ -159,6 +169,8 @@ class GPT(nn.Module):
                 x = block(x, mask, cache, layer)
         if cache is not None:
             cache.length += T
+            if cache.position is not None:
+                cache.position += T
         return self.ln_f(x)
 
     def head(self) -> Tensor | PackedLinear:

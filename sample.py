@@ -91,14 +91,102 @@ class Rollout:
     ended: Tensor  # (B,) bool, false where an answer ran out of length
     student_logp: Tensor  # (B, T) log q(y_t)
     mixed_logp: Tensor  # (B, T) log-probability under what y_t was drawn from: p~, Eq. (4), restricted if asked for
-    teacher_logp: Tensor | None  # (B, T) log p(y_t)
-    reverse_kl: Tensor | None  # (B, T) KL[q || p] over the vocabulary at each position visited
-    teacher_hidden: Tensor | None  # (B, T, D) the teacher's last hidden state, from which it predicts y_t
+    teacher_logp: Tensor | None = None  # (B, T) log p(y_t)
+    reverse_kl: Tensor | None = None  # (B, T) KL[q || p] over the vocabulary at each position visited
+    teacher_hidden: Tensor | None = None  # (B, T, D) the teacher's last hidden state, from which it predicts y_t
 
     @cached_property
     def answers(self) -> list[list[int]]:
         """The tokens of each response, its end token included."""
         return [row[:n] for row, n in zip(self.response.tolist(), self.response_mask.sum(1).tolist())]
+
+
+class Recorded:
+    """A function of nothing that works in place on a GPU, recorded as a CUDA graph and replayed: the host then gives
+    one order for a thousand. With a new key, such as a shape, it runs as it is; the next time it is recorded."""
+
+    def __init__(self, function: Callable):
+        self.function, self.key, self.replay = function, None, None
+
+    def __call__(self, key: tuple) -> None:
+        if key != self.key:
+            self.key, self.replay = key, None
+            return self.function()
+        if self.replay is None:
+            self.replay = record(self.function)
+        return self.replay()
+
+
+def record(function: Callable) -> Callable:
+    """Records the function without running it; what is returned runs."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+class Decoder:
+    """Rows of a rollout that are decoded together.
+
+    What a step needs and makes stays on the device, and it works in place, so that it can be recorded."""
+
+    def __init__(self, models: list[GPT], batch: list[int], rollout: Rollout, length: Tensor, uniform: Tensor,
+                 m: Machine, draw_from: Callable):
+        self.models, self.rollout, self.length, self.uniform, self.m = models, rollout, length, uniform, m
+        self.draw_from, prompts = draw_from, [rollout.prompts[row] for row in batch]
+        self.tokens, self.starts = data.pad_left(prompts, m.device)  # (b, P), (b,)
+        self.padded = len({len(prompt) for prompt in prompts}) > 1
+        self.P, self.width = self.tokens.size(1), self.tokens.size(1) + uniform.size(1) - 1
+        self.rows, self.done = torch.tensor(batch, device=m.device), torch.zeros_like(self.starts).bool()
+        room = min(model.config.n_positions for model in models)
+        if self.width > room:
+            raise UserError(f"a prompt of {self.P} tokens and {uniform.size(1)} new ones do not fit into {room} "
+                            "positions")
+        self.caches = [KVCache(model.config, len(batch), self.width, m.device, m.dtype, m.capture) for model in models]
+        self.t = torch.zeros(1, dtype=torch.int64, device=m.device)
+        self.recorded = Recorded(lambda: self.tokens.copy_(self.step())) if m.capture else None
+
+    def advance(self, t: int) -> None:
+        """One token of every row: the first behind the prompts, any other behind the one before."""
+        if self.recorded is None or t == 0:
+            self.tokens = self.step()
+            return
+        for cache in self.caches:
+            cache.length = self.P + t - 1
+            cache.width = min(self.width, -(-(cache.length + 1) // 128) * 128)  # a recording for each 128 columns
+        self.recorded((len(self.rows), self.caches[0].width))
+
+    def step(self) -> Tensor:
+        """The tokens drawn, (b, 1), behind those fed; notes of them what a rollout knows."""
+        rows, t, out = self.rows, self.t, self.rollout
+        with self.m.autocast():
+            hidden = [model(self.tokens, self.starts if self.padded else None, cache)[:, -1]  # (b, D) each
+                      for model, cache in zip(self.models, self.caches)]
+            logp_vocab = [model.logits(h).log_softmax(-1) for model, h in zip(self.models, hidden)]  # (b, V) each
+        log_q, log_p = logp_vocab[0], logp_vocab[-1]
+        drawn_from = self.draw_from(log_q, log_p)  # (b, V)
+        token = inverse_cdf(drawn_from, self.uniform[rows, t])  # (b,)
+        out.response[rows, t], self.length[rows] = token, torch.where(self.done, self.length[rows], t + 1)
+        out.student_logp[rows, t], out.mixed_logp[rows, t] = taken(log_q, token), taken(drawn_from, token)
+        if out.teacher_logp is not None:
+            out.teacher_logp[rows, t] = taken(log_p, token)
+            out.reverse_kl[rows, t] = (log_q.exp() * (log_q - log_p)).sum(-1)
+        if out.teacher_hidden is not None:
+            out.teacher_hidden[rows, t] = hidden[1].to(self.m.dtype)
+        self.done.logical_or_(token == self.models[0].config.eos_token_id)
+        self.t.add_(1)
+        return token[:, None]
+
+    def keep_alive(self) -> bool:
+        """Whether any row goes on. Lets go of those that have ended once they are many: copying caches costs something,
+        recording for fewer rows costs more."""
+        alive = (~self.done).nonzero().squeeze(1)
+        if 0 < len(alive) <= (0.5 if self.recorded else 0.75) * len(self.rows):
+            self.rows, self.done, self.tokens, self.starts = (
+                values[alive] for values in (self.rows, self.done, self.tokens, self.starts))
+            for cache in self.caches:
+                cache.keep(alive)
+        return len(alive) > 0
 
 
 @torch.no_grad()
@@ -112,63 +200,39 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
     (B, T), device = uniform.shape, m.device
     if mix_alpha and teacher is None:
         raise UserError(f"--mix_alpha={mix_alpha} mixes with a teacher: give --teacher")
-    models = [student, teacher] if teacher else [student]
-    room = min(model.config.n_positions for model in models)
     new = lambda *shape, dtype=torch.float32: torch.zeros(B, *shape, dtype=dtype, device=device)
-    response, length, student_logp, mixed_logp = new(T, dtype=torch.int64), new(dtype=torch.int64), new(T), new(T)
-    teacher_logp, reverse_kl = (new(T), new(T)) if teacher else (None, None)
-    teacher_hidden = new(T, teacher.config.n_embd, dtype=m.dtype) if teacher and keep_hidden else None
-    uniform = uniform.to(device)
+    rollout = Rollout(prompts, response=new(T, dtype=torch.int64), response_mask=new(T, dtype=torch.bool),
+                      ended=new(dtype=torch.bool), student_logp=new(T), mixed_logp=new(T))
+    if teacher:
+        rollout.teacher_logp, rollout.reverse_kl = new(T), new(T)
+    if teacher and keep_hidden:
+        rollout.teacher_hidden = new(T, teacher.config.n_embd, dtype=m.dtype)
+    draw_from = lambda log_q, log_p: restrict(mix(log_q, log_p, mix_alpha), temperature, top_k, top_p)
+    length, uniform = new(dtype=torch.int64), uniform.to(device)
     look_every = 16 if device.type == "cuda" else 1  # asking which rows have ended waits for the device
     order = sorted(range(B), key=lambda row: -len(prompts[row]))  # longest first: memory is asked for once
     bar = tqdm(total=B, desc=progress, unit=" answers", leave=False, delay=2, disable=not progress or m.rank > 0)
     for at in range(0, B, batch_size):
         batch = order[at : at + batch_size]
-        feed, starts = data.pad_left([prompts[row] for row in batch], device)  # (b, P), (b,)
-        padded = len({len(prompts[row]) for row in batch}) > 1
-        width, rows, done = feed.size(1) + T - 1, torch.tensor(batch, device=device), torch.zeros_like(starts).bool()
-        if width > room:
-            raise UserError(f"a prompt of {feed.size(1)} tokens and {T} new ones do not fit into {room} positions")
-        caches = [KVCache(model.config, len(batch), width, device, m.dtype) for model in models]
+        decoder = Decoder([student, teacher] if teacher else [student], batch, rollout, length, uniform, m, draw_from)
         for t in range(T):
-            with m.autocast():
-                hidden = [model(feed, starts if padded else None, cache)[:, -1]  # (b, D) each
-                          for model, cache in zip(models, caches)]
-                logp_vocab = [model.logits(h).log_softmax(-1) for model, h in zip(models, hidden)]  # (b, V) each
-            log_q, log_p = logp_vocab[0], logp_vocab[-1]
-            drawn_from = restrict(mix(log_q, log_p, mix_alpha), temperature, top_k, top_p)  # (b, V)
-            token = inverse_cdf(drawn_from, uniform[rows, t])  # (b,)
-            response[rows, t], length[rows] = token, torch.where(done, length[rows], t + 1)
-            student_logp[rows, t], mixed_logp[rows, t] = taken(log_q, token), taken(drawn_from, token)
-            if teacher:
-                teacher_logp[rows, t] = taken(log_p, token)
-                reverse_kl[rows, t] = (log_q.exp() * (log_q - log_p)).sum(-1)
-            if teacher_hidden is not None:
-                teacher_hidden[rows, t] = hidden[1].to(m.dtype)
+            before = decoder.done.tolist() if on_token else []
+            decoder.advance(t)
             if on_token:
-                for row, drawn in zip(rows[~done].tolist(), token[~done].tolist()):
-                    on_token(row, drawn)
-            done |= token == student.config.eos_token_id
-            feed = token[:, None]
-            if (t + 1) % look_every == 0:
-                alive = (~done).nonzero().squeeze(1)
-                if len(alive) == 0:
-                    break
-                if len(alive) <= 0.75 * len(rows):  # each time a quarter is gone, so copying caches stays cheap
-                    rows, done, feed, starts = rows[alive], done[alive], feed[alive], starts[alive]
-                    for cache in caches:
-                        cache.keep(alive)
+                for row, ended, token in zip(decoder.rows.tolist(), before, decoder.tokens.squeeze(1).tolist()):
+                    ended or on_token(row, token)
+            if (t + 1) % look_every == 0 and not decoder.keep_alive():
+                break
         bar.update(len(batch))
     bar.close()
-    response_mask = torch.arange(T, device=device) < length[:, None]  # (B, T)
-    for values in (response, student_logp, mixed_logp, teacher_logp, reverse_kl):
-        if values is not None:
-            values.masked_fill_(~response_mask, 0)  # a row that has ended writes on until it leaves
-    if mixed_logp.isnan().any():
+    rollout.response_mask = torch.arange(T, device=device) < length[:, None]  # (B, T)
+    for name in ("response", "student_logp", "mixed_logp", "teacher_logp", "reverse_kl"):
+        if getattr(rollout, name) is not None:  # a row that has ended writes on until it leaves
+            getattr(rollout, name).masked_fill_(~rollout.response_mask, 0)
+    if rollout.mixed_logp.isnan().any():
         raise UserError("the model's probabilities are not numbers: its weights are broken, or --dtype is too coarse")
-    ended = response.gather(1, length[:, None] - 1).squeeze(1) == student.config.eos_token_id
-    return Rollout(prompts, response, response_mask, ended, student_logp, mixed_logp, teacher_logp, reverse_kl,
-                   teacher_hidden)
+    rollout.ended = rollout.response.gather(1, length[:, None] - 1).squeeze(1) == student.config.eos_token_id
+    return rollout
 
 
 def room_for_answers(model: GPT, prompts: list[list[int]]) -> int:
@@ -198,6 +262,7 @@ class Config:
     seed: int = flag(0, "of the draws")
     batch_size: int = flag(64, "answers decoded together")
     limit: int | None = flag(None, "use the first so many prompts only")
+    capture: bool = flag(False, "on a GPU: record a decoding step as a CUDA graph, and replay it")
     out: str | None = flag(None, "write a .jsonl of rows (for SeqKD: teacher.py --data=THAT) instead of printing")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "what autocast computes in")
@@ -258,7 +323,7 @@ def read_prompts(cfg: Config, tokenizer: tiktoken.Encoding, say: Callable) -> tu
 
 
 def main(cfg: Config) -> None:
-    m, tokenizer = machine(cfg.device, cfg.dtype), data.load_tokenizer(cfg.model)
+    m, tokenizer = machine(cfg.device, cfg.dtype, capture=cfg.capture), data.load_tokenizer(cfg.model)
     rows, prompts = read_prompts(cfg, tokenizer, m.say)
     rows, prompts = ([x for x in xs[: cfg.limit] for _ in range(cfg.samples)] for xs in (rows, prompts))
     model = frozen(load(cfg.model, m.device), m.dtype)

@@ -108,6 +108,7 @@ def test_which_gpu_is_whose(monkeypatch):
         assert config.machine(device).dtype == torch.float16  # the GPU is one without bfloat16
     assert said == [torch.device("cuda", n) for n in (0, 0, 1)] and not joined
     refused(lambda: config.machine("cuda:2"), "no GPU number 2", "has 2")
+    refused(lambda: config.machine("cpu", capture=True), "--capture", "on the CPU")
     for name, value in (("RANK", "3"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
     m = config.machine("auto", "bfloat16")
