@@ -85,9 +85,6 @@ class Config:
             raise UserError(f"--rollouts={self.rollouts} is not a multiple of --batch={self.batch}")
         if self.against == "nanogpt" and not (self.nanogpt and (Path(self.nanogpt) / "model.py").is_file()):
             raise UserError(f"--nanogpt={self.nanogpt}: give the folder of nanoGPT's repository, with its model.py")
-        if self.against in ("transformers", "trl") and importlib.util.find_spec(self.against) is None:
-            raise UserError(f"--against={self.against}: pip install {self.against}, and mind that 1.15 is the last trl "
-                            "with MiniLLM")
         if self.figure and Path(self.figure).suffix not in (".svg", ".png"):
             raise UserError(f"--figure={self.figure} must end in .svg or .png")
 
@@ -491,6 +488,9 @@ def plot(lines: list[dict], path: Path) -> None:
 
 
 def main(cfg: Config) -> list[dict]:
+    if cfg.against in ("transformers", "trl") and importlib.util.find_spec(cfg.against) is None:
+        raise UserError(f"--against={cfg.against} is not installed: pip install {cfg.against}"
+                        + "==1.14.2" * (cfg.against == "trl"))
     m = machine(cfg.device, cfg.dtype)
     rate, bandwidth = measure_machine(m)
     print(json.dumps({"device": str(m.device), "threads": torch.get_num_threads(), "dtype": str(m.dtype)[6:],

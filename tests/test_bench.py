@@ -64,6 +64,11 @@ def test_the_floor_of_a_collection_is_that_of_its_decoding_and_its_updates(m):
     assert floor("collection") == pytest.approx(2 * floor("sample_mixed") + 2 * 2 * floor("update"))
 
 
+def test_a_peer_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    refused(lambda: bench.main(bench.Config(**SMALL, against="trl")), "--against=trl", "pip install trl==1.14.2")
+
+
 def test_flags_that_cannot_work(tmp_path):
     refused(lambda: bench.Config(parts="sample_q,rollout"), "--parts=sample_q,rollout", "'rollout'")
     refused(lambda: bench.Config(student="gpt2"), "'gpt2'", "12x12x768")
