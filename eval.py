@@ -1,8 +1,10 @@
 """The metrics: Rouge-L and its kin, KL to a teacher, and the share of right answers in the built-in world.
 
-Paper:    arXiv 2306.08543v4, Section 3.1 (Rouge-L at temperature 1, mean of 5 seeds) and Section 2.1 (the two KLs).
+Paper:    arXiv 2306.08543v4, Section 3.1 (Rouge-L at temperature 1, mean of 5 seeds), Section 2.1 (the two KLs), and
+          Section 3.3, Figure 7 (Rouge-L by the length of the reference).
 Run:      python eval.py --model=out/tiny/minillm --teacher=out/tiny/teacher
           python eval.py --model=MiniLLM/MiniLLM-gpt2-120M --data=dolly
+          python eval.py --model=MiniLLM/MiniLLM-gpt2-120M --data=all --out=out/eval/minillm-120M
 Shapes:   B answers, T response tokens, N response tokens of several rows, D width.
 Left out: GPT-4 and human judges, calibration, diversity of real text, exposure bias (Section 3.3, Appendix B.5).
 """
@@ -10,7 +12,7 @@ Left out: GPT-4 and human judges, calibration, diversity of real text, exposure 
 import json
 import string
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -103,12 +105,31 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
     return means, answers
 
 
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Where the mean lies, 95%, by a bootstrap over prompts: one value of each, 2,000 draws, always the same."""
+    values = np.asarray(values)
+    draws = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
+    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+LENGTHS = {"[0,5]": 0, "[6,10]": 6, "[11,inf)": 11}  # Figure 7's groups, and the least tokens of a reference in them
+
+
+def by_length(values: Sequence[float], reference_tokens: Sequence[int]) -> dict[str, dict]:
+    """The mean of one value a prompt in each group of Figure 7, and the number of its prompts; no empty group."""
+    values, groups = np.asarray(values), np.searchsorted([*LENGTHS.values()], reference_tokens, side="right") - 1
+    return {name: {"prompts": int((groups == g).sum()), "mean": float(values[groups == g].mean())}
+            for g, name in enumerate(LENGTHS) if (groups == g).any()}
+
+
 # ---- command --------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
     model: str = flag("out/tiny/minillm", "what to evaluate: a folder, gpt2 ... gpt2-xl, OWNER/NAME on the hub")
-    data: str | None = flag(None, "instruction set or FILE.jsonl; default tiny for a model of that world, else dolly")
+    data: str | None = flag(None, "instruction set or FILE.jsonl, several with commas between, or all for the paper's "
+                                  "five; default tiny for a model of that world, else dolly")
     split: Literal["test", "valid"] = flag("test", "which rows of it; a FILE.jsonl is its own test split, whole")
     teacher: str | None = flag(None, "measure reverse and forward KL to this model")
     seeds: int = flag(5, "number of seeds, of 10, 20, 30 ...")
@@ -127,6 +148,13 @@ class Config:
 
 
 def main(cfg: Config) -> dict:
+    """The results of one set; of several, those of each by its name."""
+    names = list(data.HUB_SETS) if cfg.data == "all" else (cfg.data or "").split(",")
+    if len(names) > 1:
+        folder = lambda name: str(Path(cfg.out) / Path(name).stem) if cfg.out else None
+        for name in names:
+            data.load_rows(name, cfg.split)  # one that is missing is told before any is worked on
+        return {name: main(replace(cfg, data=name, out=folder(name))) for name in names}
     m, tokenizer = machine(cfg.device, cfg.dtype, capture=cfg.capture), data.load_tokenizer(cfg.model)
     given = asdict(cfg) | dict.fromkeys(("batch_size", "capture", "device"))
     given["weights"] = [stamp(cfg.model), stamp(cfg.teacher)]
@@ -153,7 +181,16 @@ def main(cfg: Config) -> dict:
     for metric, values in means.items():
         spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
         m.say(f"  {metric:12}{np.mean(values):9.3f}{spread}")
-    results = {"given": given, "data": name, "prompts": len(examples), "seeds": seeds, "scores": means}
+    rouge = np.zeros(len(examples))
+    gold = [len(tokens) for tokens in data.encode(tokenizer, [e.row.outputs[0] for e in examples])]
+    for answer in answers:
+        rouge[answer["prompt"]] += answer["scores"]["rouge_l"] / len(seeds)
+    low, high = interval(rouge)
+    lengths = by_length(rouge, gold)
+    m.say(f"  rouge_l of other prompts, 95%: {low:.2f} to {high:.2f}; by tokens of the reference: "
+          + ", ".join(f"{group} {of['mean']:.2f} ({of['prompts']:,})" for group, of in lengths.items()))
+    results = {"given": given, "data": name, "prompts": len(examples), "seeds": seeds, "scores": means,
+               "rouge_l_interval": [low, high], "rouge_l_by_length": lengths}
     if cfg.out and m.rank == 0:
         write_lines(Path(cfg.out) / "samples.jsonl", answers)
         write_json(Path(cfg.out) / "results.json", results)

@@ -1,5 +1,6 @@
 """The metrics: Rouge-L as the paper's scorer gives it, KLs exact at each position, loss over the right tokens."""
 
+import dataclasses
 import json
 import math
 
@@ -93,6 +94,41 @@ def test_right_answers_are_counted_only_if_they_end(tiny_models, m, monkeypatch)
     means, _ = evaluate(student, tokenizer, examples, m, max_response_tokens=16)
     assert means["valid"] == [75.0] and means["rouge_l"] == [100.0] and means["exact_match"] == [100.0]
     assert means["distinct"] == [100.0]
+
+
+def test_the_interval_is_that_of_a_mean():
+    """Of 0 and 100 in equal parts: 50, give or take 1.96 standard errors."""
+    low, high = evaluation.interval([0.0, 100.0] * 200)
+    assert (low, high) == pytest.approx((50 - 1.96 * 2.5, 50 + 1.96 * 2.5), abs=0.6)
+    assert evaluation.interval([3.0] * 7) == (3.0, 3.0)
+
+
+def test_groups_by_length_of_the_reference():
+    groups = evaluation.by_length([1.0, 2.0, 3.0, 5.0, 10.0], [0, 5, 6, 10, 11])
+    assert groups == {"[0,5]": {"prompts": 2, "mean": 1.5}, "[6,10]": {"prompts": 2, "mean": 4.0},
+                      "[11,inf)": {"prompts": 1, "mean": 10.0}}
+    assert evaluation.by_length([4.0], [300]) == {"[11,inf)": {"prompts": 1, "mean": 4.0}}
+
+
+def test_several_sets_in_one_command(tiny_models, tmp_path):
+    rows = [json.dumps({"instruction": "Tell about the cat", "output": "Anna found the cat"})] * 3
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows))
+    cfg = evaluation.Config(model=tiny_models["student"], data=f"tiny,{tmp_path / 'mine.jsonl'}", limit=3, seeds=2,
+                            max_response_tokens=8, out=str(tmp_path / "out"), dtype="float32", device="cpu")
+    both = evaluation.main(cfg)
+    assert list(both) == cfg.data.split(",")
+    for results, folder in zip(both.values(), ("tiny", "mine")):
+        assert json.loads((tmp_path / "out" / folder / "results.json").read_text()) == results
+        low, high = results["rouge_l_interval"]
+        of_seeds = results["scores"]["rouge_l"]
+        assert low <= sum(of_seeds) / len(of_seeds) <= high
+        groups = results["rouge_l_by_length"].values()
+        assert sum(group["prompts"] for group in groups) == 3
+        mean = sum(group["prompts"] * group["mean"] for group in groups) / 3
+        assert mean == pytest.approx(sum(of_seeds) / len(of_seeds))
+    missing = dataclasses.replace(cfg, data="tiny,nope", out=str(tmp_path / "none"))
+    refused(lambda: evaluation.main(missing), "nope is no instruction set")
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_command_writes_its_results_and_keeps_them(tiny_models, tmp_path, capsys):
