@@ -172,7 +172,7 @@ class Ours:
         for at in range(0, len(rows), size):
             micro = rows[at : at + size]
             with self.clocked("forward"):
-                student_logp, kl, mask = distill.score(self.student, self.p, rollout, micro, m)
+                student_logp, kl, _, mask = distill.score(self.student, self.p, rollout, micro, m)
             with self.clocked("backward"):
                 loss_single, loss_long, _, _ = distill.minillm_loss(
                     student_logp, kl, rollout.student_logp[micro], rollout.mixed_logp[micro], R[micro], mask)

@@ -28,7 +28,7 @@ import sample as sampling
 import teacher as supervised
 from config import Machine, UserError, check, clock, flag, machine, make, read_json, run, write_json, write_lines
 from model import GPT, by_chunks, frozen, is_shape, load, predicting, same_vocabulary, trained
-from sample import Rollout, sample, taken, uniforms
+from sample import Rollout, follow, mix, sample, taken, uniforms
 
 # ---- the equations, in the paper's order ----------------------------------------------------------------------------
 # Tensors in, tensors out. A sequence ends by its mask; entries of (B, T) tensors outside of it are 0.
@@ -38,6 +38,21 @@ def reverse_kl(student_logp_vocab: Tensor, teacher_logp_vocab: Tensor) -> Tensor
     """KL[q || p] at each position: Eq. (1) for one token, and -E_{y_t ~ q}[r_t], the single step of Eq. (3).
     (..., V) -> (...)"""
     return (student_logp_vocab.exp() * (student_logp_vocab - teacher_logp_vocab)).sum(-1)  # Eq. (1)
+
+
+def divergence(student_logp_vocab: Tensor, teacher_logp_vocab: Tensor, kind: str) -> Tensor:
+    """What a single step may minimise: reverse, as the paper; forward, KL[p || q]; js, the mean of KL[q || m] and
+    KL[p || m] with m = (p + q) / 2, as GKD has it (arXiv 2306.13649); skew, KL[p || 0.1 p + 0.9 q], as DistiLLM has it
+    (arXiv 2402.03898). (..., V) -> (...)"""
+    q, p = student_logp_vocab, teacher_logp_vocab
+    if kind == "reverse":
+        return reverse_kl(q, p)
+    if kind == "forward":
+        return reverse_kl(p, q)
+    if kind == "skew":
+        return reverse_kl(p, mix(q, p, 0.1))
+    middle = mix(q, p, 0.5)
+    return (reverse_kl(q, middle) + reverse_kl(p, middle)) / 2
 
 
 def token_reward(teacher_logp: Tensor, student_logp: Tensor, scale: float = 1.0, clip: float = math.inf) -> Tensor:
@@ -123,6 +138,9 @@ def minillm_loss(student_logp: Tensor, kl: Tensor, old_logp: Tensor, mixed_logp:
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
+ALONE = {"student": 0.0, "teacher": 1.0}  # --source: alpha of Eq. (4)
+
+
 @dataclass(frozen=True)
 class Config:
     preset: Literal["tiny", "paper"] = flag("tiny", "built-in world, or the paper's; --teacher implies paper")
@@ -147,6 +165,10 @@ class Config:
     minibatch: int = flag(64, "answers of an update, and pieces of D_PT")
     inner_epochs: int = flag(4, "passes over the answers sampled")
     mix_alpha: float = flag(0.2, "teacher's share in sampling, alpha of Eq. (4)")
+    source: Literal["mixed", "student", "teacher", "gold"] = flag(
+        "mixed", "where answers come from: the mixture; q or p alone, which is --mix_alpha=0 or 1; or the references")
+    divergence: Literal["reverse", "forward", "js", "skew"] = flag(
+        "reverse", "of the single step; another than the paper's goes without the long term, which is reverse KL's")
     single_step: bool = flag(True, "L_Single of Eq. (3); without it the gradient is Eq. (2), whose return holds r_t")
     long_term: bool = flag(True, "L_Long of Eq. (3)")
     weight: Literal["per_token", "product", "exact", "none"] = flag("per_token", "importance weights, w_t of Eq. (5)")
@@ -197,6 +219,13 @@ class Config:
             raise UserError("--single_step=False, --long_term=False and --pt_coef=0 leave nothing to learn from")
         if self.warmup_steps >= self.steps:
             raise UserError(f"--warmup_steps={self.warmup_steps} leaves none of --steps={self.steps} at the full --lr")
+        if self.mix_alpha != ALONE.get(self.source, self.mix_alpha):
+            raise UserError(f"--source={self.source} and --mix_alpha={self.mix_alpha} contradict each other: give one")
+        if self.source == "gold" and (self.long_term or self.weight != "none"):
+            raise UserError(f"--source=gold was drawn from neither model, and has neither the long term nor weights: "
+                            f"leave --long_term={self.long_term} and --weight={self.weight} out")
+        if self.divergence != "reverse" and self.long_term:
+            raise UserError(f"--divergence={self.divergence} has no long term: leave --long_term=True out")
         names = self.baselines.split(",") if self.baselines else []
         if not set(names) <= {"sft", "kd", "seqkd"} or len(names) > len(set(names)):
             raise UserError(f"--baselines={self.baselines}: give sft, kd and seqkd, or some of them, once each")
@@ -233,6 +262,12 @@ def presets(given: dict) -> dict:
     if preset == "paper":
         names = (Path(given.get(role, PAPER[role])).name for role in ("teacher", "student"))
         implied["out"] = "out/" + "-to-".join(names)
+    if given.get("source") in ALONE:
+        implied["mix_alpha"] = ALONE[given["source"]]
+    if given.get("source") == "gold":
+        implied |= {"long_term": False, "weight": "none"}
+    if given.get("divergence", "reverse") != "reverse":
+        implied["long_term"] = False
     if not given.get("single_step", True):
         implied["return_from"] = "current"  # Eq. (2): nothing else would count r_t
     return implied
@@ -240,24 +275,27 @@ def presets(given: dict) -> dict:
 
 # ---- Algorithm 1, phase 2 -------------------------------------------------------------------------------------------
 
-def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], m: Machine) -> tuple[Tensor, Tensor, Tensor]:
-    """log q(y_t) and KL[q || p] with their gradients, and the mask, of some rows of a rollout: (b, T) each.
+def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], m: Machine,
+          kind: str = "reverse") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log q(y_t) and the divergence with their gradients, KL[q || p], and the mask, of some rows of a rollout: (b, T)
+    each.
 
     One pass of the student. The teacher's hidden states were kept, so it costs its output embedding and no layer."""
     prompts, answers = [rollout.prompts[r] for r in rows], [rollout.answers[r] for r in rows]
     tokens, response, mask = data.pad_right(prompts, answers, m.device)  # (b, S), (b, T), (b, T)
     teacher_hidden = rollout.teacher_hidden[rows, : mask.size(1)][mask]  # (N, D)
 
-    def terms(hidden: Tensor, y: Tensor, teacher_hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def terms(hidden: Tensor, y: Tensor, teacher_hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         log_q = student.logits(hidden, head).log_softmax(-1)  # (chunk, V)
         log_p = teacher.logits(teacher_hidden).log_softmax(-1)
-        return taken(log_q, y), reverse_kl(log_q, log_p)
+        apart = divergence(log_q, log_p, kind)
+        return taken(log_q, y), apart, apart if kind == "reverse" else reverse_kl(log_q.detach(), log_p)
 
     with m.autocast():
         hidden, head = predicting(student(tokens), [len(p) for p in prompts], mask), student.head()  # (N, D)
-        student_logp, kl = by_chunks(terms, m.vocab_chunk, hidden, response[mask], teacher_hidden)  # (N,) each
-    zeros = torch.zeros(mask.shape, device=m.device)
-    return zeros.masked_scatter(mask, student_logp), zeros.masked_scatter(mask, kl), mask
+        values = by_chunks(terms, m.vocab_chunk, hidden, response[mask], teacher_hidden)  # (N,) each
+    student_logp, apart, kl = (torch.zeros(mask.shape, device=m.device).masked_scatter(mask, value) for value in values)
+    return student_logp, apart, kl.detach(), mask
 
 
 def minibatches(rollouts: int, minibatch: int, seed: tuple[int, ...]) -> list[list[int]]:
@@ -313,9 +351,13 @@ def distil(cfg: Config) -> dict:
         started, collection = time.perf_counter(), step * cfg.minibatch // (cfg.rollouts * cfg.inner_epochs)
         first_answer = collection * cfg.rollouts
         chosen = data.picks(first_answer, cfg.rollouts, len(instructions), cfg.seed)
-        rollout = sample(frozen(student, m.dtype), [instructions[chosen[i]].prompt for i in mine],
-                         uniforms(cfg.seed, [first_answer + i for i in mine], answer_tokens), m, teacher, cfg.mix_alpha,
-                         cfg.sample_batch, keep_hidden=True)
+        examples = [instructions[chosen[i]] for i in mine]
+        if cfg.source == "gold":
+            rollout = follow(frozen(student, m.dtype), examples, answer_tokens, m, teacher, cfg.micro_batch)
+        else:
+            rollout = sample(frozen(student, m.dtype), [example.prompt for example in examples],
+                             uniforms(cfg.seed, [first_answer + i for i in mine], answer_tokens), m, teacher,
+                             cfg.mix_alpha, cfg.sample_batch, keep_hidden=True)
 
         # 5 the reward of each token and of what follows it, known to every process
         r = token_reward(rollout.teacher_logp, rollout.student_logp, cfg.reward_scale, cfg.reward_clip)  # Eq. (2)
@@ -344,11 +386,11 @@ def distil(cfg: Config) -> dict:
             rows = sorted((i for i in batch if i in place), key=lambda i: -lengths[i])
             for at in range(0, len(rows), cfg.micro_batch):
                 micro = [place[i] for i in rows[at : at + cfg.micro_batch]]
-                student_logp, kl, micro_mask = score(student, teacher, rollout, micro, m)  # (b, T)
+                student_logp, apart, kl, micro_mask = score(student, teacher, rollout, micro, m, cfg.divergence)
                 cut = slice(micro_mask.size(1))
                 old_logp, mixed_logp = rollout.student_logp[micro, cut], rollout.mixed_logp[micro, cut]
                 loss_single, loss_long, weight, clipped = minillm_loss(
-                    student_logp, kl, old_logp, mixed_logp, advantage[micro, cut], micro_mask, cfg.weight,
+                    student_logp, apart, old_logp, mixed_logp, advantage[micro, cut], micro_mask, cfg.weight,
                     cfg.weight_single, cfg.clip_eps)  # Eq. (7)
                 loss = (cfg.single_step * loss_single + cfg.long_term * loss_long).sum() / divisor
                 scaler.scale(loss).backward()

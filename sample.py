@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 import data
 from config import Machine, UserError, check, flag, machine, run, write_lines
-from data import Row
-from model import GPT, KVCache, frozen, load, same_vocabulary
+from data import Example, Row
+from model import GPT, KVCache, by_chunks, frozen, load, predicting, same_vocabulary
 
 # ---- Eq. (4), and one draw ------------------------------------------------------------------------------------------
 
@@ -232,6 +232,36 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
     if rollout.mixed_logp.isnan().any():
         raise UserError("the model's probabilities are not numbers: its weights are broken, or --dtype is too coarse")
     rollout.ended = rollout.response.gather(1, length[:, None] - 1).squeeze(1) == student.config.eos_token_id
+    return rollout
+
+
+@torch.no_grad()
+def follow(student: GPT, examples: list[Example], T: int, m: Machine, teacher: GPT, batch_size: int) -> Rollout:
+    """A rollout of the references, cut to T tokens: what sample() would know if it had drawn them. Pass `frozen`
+    models. They were drawn from neither model; mixed_logp is log q, so that every weight is 1."""
+    B, D, answers = len(examples), teacher.config.n_embd, [example.response[:T] for example in examples]
+    new = lambda *shape, dtype=torch.float32: torch.zeros(B, *shape, dtype=dtype, device=m.device)
+    rollout = Rollout([example.prompt for example in examples], new(T, dtype=torch.int64), new(T, dtype=torch.bool),
+                      torch.tensor([len(example.response) <= T for example in examples], device=m.device),
+                      new(T), new(T), new(T), new(T), new(T, D, dtype=m.dtype))
+
+    def terms(of_student: Tensor, of_teacher: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_q = student.logits(of_student).log_softmax(-1)  # (chunk, V)
+        log_p = teacher.logits(of_teacher).log_softmax(-1)
+        return taken(log_q, y), taken(log_p, y), (log_q.exp() * (log_q - log_p)).sum(-1)
+
+    for at in range(0, B, batch_size):
+        part = slice(at, min(B, at + batch_size))
+        tokens, response, mask = data.pad_right(rollout.prompts[part], answers[part], m.device)
+        lengths, cut = [len(prompt) for prompt in rollout.prompts[part]], slice(response.size(1))
+        with m.autocast():
+            hidden = [predicting(model(tokens), lengths, mask) for model in (student, teacher)]  # (N, D) each
+            values = by_chunks(terms, m.vocab_chunk, *hidden, response[mask])  # (N,) each
+        rollout.response[part, cut], rollout.response_mask[part, cut] = response, mask
+        for name, value in zip(("student_logp", "teacher_logp", "reverse_kl"), values):
+            getattr(rollout, name)[part, cut][mask] = value
+        rollout.teacher_hidden[part, cut][mask] = hidden[1].to(m.dtype)
+    rollout.mixed_logp = rollout.student_logp
     return rollout
 
 

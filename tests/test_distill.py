@@ -17,10 +17,12 @@ from test_teacher import interrupt_after, lines
 import distill
 import teacher as supervised
 from config import Machine, make
+from data import Example, Row
 from distill import (
     OFFICIAL,
     PAPER,
     Config,
+    divergence,
     future_reward,
     importance_weights,
     long_term_loss,
@@ -32,7 +34,7 @@ from distill import (
     whiten,
 )
 from sample import Config as SampleConfig
-from sample import sample, uniforms
+from sample import follow, sample, uniforms
 
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()  # an answer of one token among them
 
@@ -214,6 +216,11 @@ def test_settings_that_cannot_work():
         refused(lambda names=names: Config(baselines=names), f"--baselines={names}", "once each")
     refused(lambda: Config(steps=20, warmup_steps=20), "--warmup_steps=20", "--steps=20")
     refused(lambda: Config(mix_alpha=1.5), "--mix_alpha=1.5 is out of range")
+    of = lambda **given: lambda: make(Config, given, distill.presets)
+    refused(of(source="teacher", mix_alpha=0.3), "--source=teacher and --mix_alpha=0.3 contradict")
+    refused(of(source="gold", weight="per_token"), "--source=gold", "--weight=per_token")
+    refused(of(source="gold", long_term=True), "--source=gold", "--long_term=True")
+    refused(of(divergence="js", long_term=True), "--divergence=js has no long term")
     for role, choice in (("teacher", "finetune_teacher"), ("student", "init_student")):
         cfg = make(Config, {role: "1x2x8", choice: "no"}, distill.presets)
         refused(lambda cfg=cfg: distill.stages(cfg), f"--{role}=1x2x8 is new", f"--{choice}")
@@ -245,12 +252,54 @@ def test_scores_are_those_of_sampling_and_the_teachers_layers_stay_idle(m):
     rollout = sample(student, prompts, uniforms(0, range(3), 10), m, teacher, 0.2, keep_hidden=True)
     teacher.forward = None
     for chunk in (3, 1000):
-        logp, kl, mask = score(student, teacher, rollout, [2, 0], dataclasses.replace(m, vocab_chunk=chunk))
+        logp, kl, same, mask = score(student, teacher, rollout, [2, 0], dataclasses.replace(m, vocab_chunk=chunk))
         cut = mask.size(1)
         assert mask.equal(rollout.response_mask[[2, 0], :cut]) and not rollout.response_mask[[2, 0], cut:].any()
         torch.testing.assert_close(logp, rollout.student_logp[[2, 0], :cut], atol=1e-5, rtol=0)
         torch.testing.assert_close(kl, rollout.reverse_kl[[2, 0], :cut], atol=1e-5, rtol=0)
-        assert logp.requires_grad and kl.requires_grad
+        assert logp.requires_grad and kl.requires_grad and same.equal(kl)
+
+
+@pytest.mark.parametrize("kind", ["reverse", "forward", "js", "skew"])
+def test_divergences_against_sums_over_the_vocabulary(kind):
+    q, p = torch.rand(2, 5, 7, dtype=torch.float64).softmax(-1)
+    got = divergence(q.log(), p.log(), kind)
+    kl = lambda a, b: sum(a[v] * math.log(a[v] / b[v]) for v in range(7)).item()
+    for row in range(5):
+        a, b = q[row], p[row]
+        want = {"reverse": kl(a, b), "forward": kl(b, a), "skew": kl(b, 0.1 * b + 0.9 * a),
+                "js": (kl(a, (a + b) / 2) + kl(b, (a + b) / 2)) / 2}[kind]
+        assert got[row].item() == pytest.approx(want, abs=1e-12)
+    assert divergence(q.log(), q.log(), kind).abs().max() < 1e-12
+
+
+def test_a_rollout_of_given_answers_is_that_of_drawing_them(m):
+    student, teacher = random_gpt(1, eos_token_id=2), random_gpt(2, n_embd=4)
+    prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9]]
+    drawn = sample(student, prompts, uniforms(0, range(4), 10), m, teacher, 0.0, keep_hidden=True)
+    assert not drawn.ended.all() and drawn.ended.any()
+    # an answer that ran out of length is one whose reference is longer
+    examples = [Example(Row(""), prompt, answer + [1] * (not ended))
+                for prompt, answer, ended in zip(prompts, drawn.answers, drawn.ended)]
+    for batch_size in (1, 3):
+        given = follow(student, examples, 10, m, teacher, batch_size)
+        assert given.answers == drawn.answers and given.ended.equal(drawn.ended)
+        for name in ("student_logp", "mixed_logp", "teacher_logp", "reverse_kl"):
+            torch.testing.assert_close(getattr(given, name), getattr(drawn, name), atol=1e-5, rtol=0)
+        mask = drawn.response_mask
+        torch.testing.assert_close(given.teacher_hidden[mask], drawn.teacher_hidden[mask], atol=1e-5, rtol=0)
+
+
+def test_forward_kl_on_references_is_word_level_kd(m):
+    """--source=gold --divergence=forward, and teacher.py's loss with --kd_ratio=1; reverse_kl is known too."""
+    student, teacher = random_gpt(1), random_gpt(2)
+    examples = [Example(Row(""), [1, 2], [3, 4, 10]), Example(Row(""), [5], [6, 10])]
+    rollout = follow(student, examples, 5, m, teacher, 2)
+    _, apart, kl, mask = score(student, teacher, rollout, [0, 1], m, "forward")
+    _, want = supervised.answer_loss(student, examples, m, teacher, kd_ratio=1.0)
+    assert (apart * mask).sum().item() == pytest.approx(want.item(), rel=1e-5)
+    assert not kl.requires_grad
+    torch.testing.assert_close(kl, rollout.reverse_kl[:, : mask.size(1)], atol=1e-5, rtol=0)
 
 
 def test_three_updates_log_every_metric_and_leave_a_model(distill_config, tmp_path):
@@ -297,9 +346,16 @@ def after(tmp_path_factory, tiny_models):
     dict(whiten="all"), dict(reward_scale=2.0), dict(reward_clip=0.5), dict(clip_eps=0.01), dict(inner_epochs=1),
     dict(pt_coef=0.0), dict(pt_coef=1.0), dict(pt_kd=0.5), dict(normalize="sequence"), dict(lr=1e-3),
     dict(warmup_steps=4), dict(grad_clip=1e-3), dict(weight_decay=1.0), dict(seed=2), dict(recipe="official"),
+    dict(source="student"), dict(source="teacher"), dict(source="gold"), dict(divergence="forward"),
+    dict(divergence="js"), dict(divergence="skew"),
 ], ids=lambda settings: next(f"{name}={value}" for name, value in settings.items()))
 def test_each_flag_acts(settings, after):
     assert (after(**settings) - after()).abs().max() > 1e-5
+
+
+def test_a_source_alone_is_a_mixture_of_one(after):
+    assert after(source="student").equal(after(mix_alpha=0.0))
+    assert after(source="teacher").equal(after(mix_alpha=1.0))
 
 
 @pytest.mark.parametrize("settings", [dict(micro_batch=3), dict(sample_batch=5), dict(vocab_chunk=7)],
