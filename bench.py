@@ -85,6 +85,8 @@ class Config:
             raise UserError(f"--rollouts={self.rollouts} is not a multiple of --batch={self.batch}")
         if self.against == "nanogpt" and not (self.nanogpt and (Path(self.nanogpt) / "model.py").is_file()):
             raise UserError(f"--nanogpt={self.nanogpt}: give the folder of nanoGPT's repository, with its model.py")
+        if self.pt_tokens and self.against != "none":
+            raise UserError(f"--pt_tokens={self.pt_tokens} and --against={self.against}: no peer has D_PT; give one")
         if self.figure and Path(self.figure).suffix not in (".svg", ".png"):
             raise UserError(f"--figure={self.figure} must end in .svg or .png")
 
@@ -96,7 +98,7 @@ def draw(count: int, length: int) -> list[list[int]]:
 
 def synchronize(m: Machine) -> None:
     if m.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(m.device)
 
 
 def seconds(m: Machine, function: Callable) -> float:
@@ -322,6 +324,10 @@ class Trl(Transformers):
     """A step of TRL's MiniLLM trainer: it neither mixes nor has D_PT, and its return is the default, or Eq. (2)'s."""
 
     @cached_property
+    def folder(self):
+        return tempfile.TemporaryDirectory()
+
+    @cached_property
     def trainer(self):
         from datasets import Dataset
         from tokenizers import Tokenizer, models, pre_tokenizers
@@ -332,7 +338,7 @@ class Trl(Transformers):
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w50256", pad_token="w50256")
         rows = [{"prompt": " ".join(f"w{token}" for token in row)} for row in self.tokens.tolist()] * 2
         args = MiniLLMConfig(
-            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=self.cfg.batch, num_generations=2, max_steps=1,
+            output_dir=self.folder.name, per_device_train_batch_size=self.cfg.batch, num_generations=2, max_steps=1,
             max_completion_length=self.T, generation_kwargs={"min_new_tokens": self.T}, temperature=1.0, gamma=1.0,
             bf16=self.dtype == torch.bfloat16, gradient_checkpointing=False, learning_rate=1e-6, report_to=[],
             use_cpu=self.m.device.type == "cpu", save_strategy="no", logging_strategy="no", disable_tqdm=True)
@@ -392,11 +398,12 @@ SIDES = {"ours": (Ours, PARTS), "nanogpt": (NanoGPT, ("sample_q", "sft")), "trl"
 # ---- the machine's floor --------------------------------------------------------------------------------------------
 
 def measure_machine(m: Machine) -> tuple[float, float]:
-    """FLOP/s of a large matrix product in the dtype of autocast, and bytes/s of reading memory: the best of five."""
-    a, b = torch.randn(2, 2048, 2048, device=m.device).to(m.dtype)
+    """FLOP/s of a large matrix product in the dtype of autocast, and bytes/s of reading memory: the best of 20."""
+    n = 8192 if m.device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=m.device).to(m.dtype)
     words = torch.zeros(2**28 // 4, dtype=torch.int32, device=m.device)  # 256 MB
-    rate = max(2 * 2048**3 / seconds(m, lambda: a @ b) for _ in range(5))
-    return rate, max(words.nbytes / seconds(m, lambda: words.max()) for _ in range(5))
+    rate = max(2 * n**3 / seconds(m, lambda: a @ b) for _ in range(20))
+    return rate, max(words.nbytes / seconds(m, lambda: words.max()) for _ in range(20))
 
 
 def floor(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: float) -> float | None:
@@ -406,9 +413,12 @@ def floor(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: fl
     heads = {name: 50257 * shape(name).n_embd for name in matrices}
     size, B = m.dtype.itemsize, cfg.batch
 
+    def step(name: str, tokens: int) -> float:
+        reading = size * (matrices[name] + heads[name]) / bandwidth
+        return max(reading, 2 * B * (tokens * matrices[name] + heads[name]) / rate)
+
     def decode(name: str) -> float:
-        step = max(size * (matrices[name] + heads[name]) / bandwidth, 2 * B * (matrices[name] + heads[name]) / rate)
-        return 2 * B * cfg.prompt_tokens * matrices[name] / rate + T * step
+        return step(name, cfg.prompt_tokens) + (T - 1) * step(name, 1)
 
     def train(name: str, tokens: int, predicted: int) -> float:
         return 6 * B * (tokens * matrices[name] + predicted * heads[name]) / rate
@@ -449,10 +459,10 @@ def measure(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: 
     runs = {side: [] for side in pipes}
     for _ in range(cfg.repeats + 1):
         for side, pipe in pipes.items():
-            pipe.send(True)
             try:
+                pipe.send(True)
                 runs[side].append(pipe.recv())
-            except EOFError:
+            except (EOFError, ConnectionError):
                 raise UserError(f"{part}: {side} failed; what it said stands above") from None
     for pipe in pipes.values():
         pipe.send(False)
@@ -491,7 +501,7 @@ def main(cfg: Config) -> list[dict]:
     if cfg.against in ("transformers", "trl") and importlib.util.find_spec(cfg.against) is None:
         raise UserError(f"--against={cfg.against} is not installed: pip install {cfg.against}"
                         + "==1.14.2" * (cfg.against == "trl"))
-    m = machine(cfg.device, cfg.dtype)
+    m = machine(cfg.device, cfg.dtype, capture=cfg.capture)
     rate, bandwidth = measure_machine(m)
     print(json.dumps({"device": str(m.device), "threads": torch.get_num_threads(), "dtype": str(m.dtype)[6:],
                       "gflops": round(rate / 1e9), "read_gb_per_s": round(bandwidth / 1e9, 1)}), flush=True)

@@ -197,7 +197,7 @@ class Config:
     vocab_chunk: int | None = flag(None, "positions whose logits exist at a time; likewise; default by device")
     capture: bool = flag(False, "on a GPU: record a decoding step as a CUDA graph, and replay it")
     recompute: bool = flag(False, "make each layer again in the backward pass: less memory, a third more time")
-    compile: bool = flag(False, "torch.compile the trained model; likewise changes speed only, but for rounding")
+    compile: bool = flag(False, "torch.compile the trained model; changes speed, rounding and dropout's draws only")
     seed: int = flag(1, "of prompts, draws, order and new weights")
     log_every: int = flag(32, "updates between printed lines; log.jsonl has them all")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...")

@@ -152,6 +152,8 @@ def main(cfg: Config) -> dict:
     names = list(data.HUB_SETS) if cfg.data == "all" else (cfg.data or "").split(",")
     if len(names) > 1:
         folder = lambda name: str(Path(cfg.out) / Path(name).stem) if cfg.out else None
+        if len({Path(name).stem for name in names}) < len(names):
+            raise UserError(f"--data={cfg.data}: two sets of one name; evaluate one by one")
         for name in names:
             data.load_rows(name, cfg.split)  # one that is missing is told before any is worked on
         return {name: main(replace(cfg, data=name, out=folder(name))) for name in names}

@@ -123,7 +123,8 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.extend(layer, qkv.permute(2, 0, 3, 1, 4)[1:])  # (B, H, S, D/H) each
         with torch.autocast(x.device.type, enabled=False) if cache is not None else contextlib.nullcontext():
-            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask, dropout, is_causal=mask is None and T > 1)
+            causal = True if mask is None and T > 1 else False  # a plain bool: torch.compile's T is a symbol
+            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask, dropout, causal)
         y = self.attn["c_proj"](y.transpose(1, 2).reshape(B, T, D))  # (B, T, D)
         x = x + F.dropout(y, dropout)
         y = self.mlp["c_proj"](self.gelu(self.mlp["c_fc"](self.ln_2(x))))
@@ -242,6 +243,7 @@ def trained(model: GPT, recompute: bool, compile: bool) -> GPT:
     third more time and little memory; compiled by torch.compile, for samples of any length."""
     model.recompute = recompute
     if compile:
+        torch._dynamo.reset()  # an earlier stage's versions count towards its limit of eight
         model.compile(dynamic=True)
     return model
 

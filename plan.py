@@ -70,7 +70,7 @@ def measure_layers(config: GPTConfig, m: Machine, rows: int, prompt_tokens: int,
     text = torch.tensor([draw(prompt_tokens + answer_tokens)] * rows, device=m.device)
     model = GPT(config).to(m.device)
     light, (optimizer, scaler) = frozen(model, m.dtype), supervised.optimizer_of(model, m, (0.9, 0.95), 0.0)
-    alone, steps = replace(m, rank=0, world=1), 4
+    alone, steps = replace(m, rank=0, world=1, capture=False), 4
 
     def kept(batch: list[Example]) -> int:
         """Bytes that the forward pass keeps for the backward pass."""

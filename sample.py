@@ -102,18 +102,18 @@ class Rollout:
 
 
 class Recorded:
-    """A function of nothing that works in place on a GPU, recorded as a CUDA graph and replayed: the host then gives
+    """Calls a function that works in place on a GPU, records it as a CUDA graph and replays that: the host then gives
     one order for a thousand. With a new key, such as a shape, it runs as it is; the next time it is recorded."""
 
-    def __init__(self, function: Callable):
-        self.function, self.key, self.replay = function, None, None
+    def __init__(self):
+        self.key, self.replay = None, None
 
-    def __call__(self, key: tuple) -> None:
+    def __call__(self, key: tuple, function: Callable) -> None:
         if key != self.key:
             self.key, self.replay = key, None
-            return self.function()
+            return function()
         if self.replay is None:
-            self.replay = record(self.function)
+            self.replay = record(function)
         return self.replay()
 
 
@@ -144,7 +144,7 @@ class Decoder:
                             "positions")
         self.caches = [KVCache(model.config, len(batch), self.width, m.device, m.dtype, m.capture) for model in models]
         self.t = torch.zeros(1, dtype=torch.int64, device=m.device)
-        self.recorded = Recorded(lambda: self.tokens.copy_(self.step())) if m.capture else None
+        self.recorded = Recorded() if m.capture else None
 
     def advance(self, t: int) -> None:
         """One token of every row: the first behind the prompts, any other behind the one before."""
@@ -154,7 +154,7 @@ class Decoder:
         for cache in self.caches:
             cache.length = self.P + t - 1
             cache.width = min(self.width, -(-(cache.length + 1) // 128) * 128)  # a recording for each 128 columns
-        self.recorded((len(self.rows), self.caches[0].width))
+        self.recorded((len(self.rows), self.caches[0].width), lambda: self.tokens.copy_(self.step()))
 
     def step(self) -> Tensor:
         """The tokens drawn, (b, 1), behind those fed; notes of them what a rollout knows."""
@@ -223,6 +223,7 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
                     ended or on_token(row, token)
             if (t + 1) % look_every == 0 and not decoder.keep_alive():
                 break
+        del decoder  # its caches, before there are others
         bar.update(len(batch))
     bar.close()
     rollout.response_mask = torch.arange(T, device=device) < length[:, None]  # (B, T)

@@ -62,7 +62,7 @@ class Config:
     sample_batch: int = flag(64, "answers decoded together in validation; changes memory and speed only")
     vocab_chunk: int | None = flag(None, "positions whose logits exist at a time; likewise; default by device")
     recompute: bool = flag(False, "make each layer again in the backward pass: less memory, a third more time")
-    compile: bool = flag(False, "torch.compile the trained model; likewise changes speed only, but for rounding")
+    compile: bool = flag(False, "torch.compile the trained model; changes speed, rounding and dropout's draws only")
     weight_decay: float = flag(0.01, "of AdamW")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
     dropout: float | None = flag(None, "while training; default as in the model's config.json")

@@ -16,7 +16,8 @@ def test_a_part_prints_one_line_for_each_length_beside_its_peer(capsys, tmp_path
     pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")
     figure = tmp_path / "growth.svg"
-    cfg = bench.Config(**SMALL | dict(response_tokens="3,4", parts="cycle", against="transformers", figure=str(figure)))
+    several = dict(response_tokens="3,4", parts="cycle", pt_tokens=0, against="transformers", figure=str(figure))
+    cfg = bench.Config(**SMALL | several)
     lines = bench.main(cfg)
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert printed[1:] == lines and [line["response_tokens"] for line in lines] == [3, 4]
@@ -55,7 +56,7 @@ def test_the_floor_of_a_step_is_its_weights_read_once_or_its_products(m):
     by_reading = bench.floor(cfg, m, "sample_q", 3, rate=1e30, bandwidth=4.0)
     assert by_reading == pytest.approx(3 * (weights + head))  # 4 bytes each, 3 steps
     by_products = bench.floor(cfg, m, "sample_q", 3, rate=1.0, bandwidth=1e30)
-    assert by_products == pytest.approx(2 * 2 * weights + 3 * 2 * 2 * (weights + head))
+    assert by_products == pytest.approx(3 * 2 * 2 * (weights + head))
 
 
 def test_the_floor_of_a_collection_is_that_of_its_decoding_and_its_updates(m):
@@ -66,7 +67,8 @@ def test_the_floor_of_a_collection_is_that_of_its_decoding_and_its_updates(m):
 
 def test_a_peer_that_is_not_there(monkeypatch):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    refused(lambda: bench.main(bench.Config(**SMALL, against="trl")), "--against=trl", "pip install trl==1.14.2")
+    cfg = bench.Config(**SMALL | dict(pt_tokens=0, against="trl"))
+    refused(lambda: bench.main(cfg), "--against=trl", "pip install trl==1.14.2")
 
 
 def test_flags_that_cannot_work(tmp_path):
@@ -76,5 +78,7 @@ def test_flags_that_cannot_work(tmp_path):
     refused(lambda: bench.Config(response_tokens="1000"), "--response_tokens=1000", "960")
     refused(lambda: bench.Config(rollouts=12), "--rollouts=12", "--batch=8")
     refused(lambda: bench.Config(pt_tokens=1), "--pt_tokens=1")
+    refused(lambda: bench.Config(pt_tokens=9, against="trl"), "--pt_tokens=9", "--against=trl")
+    refused(lambda: bench.main(bench.Config(**SMALL, capture=True)), "--capture", "on the CPU")
     refused(lambda: bench.Config(figure="growth.pdf"), "--figure=growth.pdf", ".svg")
     refused(lambda: bench.Config(against="nanogpt", nanogpt=str(tmp_path)), "--nanogpt", "model.py")

@@ -364,6 +364,17 @@ def test_what_changes_memory_changes_nothing_else(settings, after):
     torch.testing.assert_close(after(**settings), after(), atol=2e-3, rtol=0)  # rounding, through AdamW's signs
 
 
+def test_flags_of_speed_reach_what_they_set(distill_config, tiny_models, monkeypatch):
+    seen = []
+    monkeypatch.setattr(distill, "trained", lambda model, *settings: seen.append(settings) or model)
+    distill.distil(distill_config(steps=1, recompute=True))
+    assert seen == [(True, False)]
+    refused(lambda: distill.distil(distill_config(steps=1, capture=True)), "--capture")
+    one = dict(model=tiny_models["student"], device="cpu", capture=True)
+    refused(lambda: distill.sampling.main(SampleConfig(**one, prompt="Tell about the cat")), "--capture")
+    refused(lambda: distill.evaluation.main(distill.evaluation.Config(**one)), "--capture")
+
+
 def test_splitting_a_minibatch_changes_no_loss(distill_config, tmp_path):
     """Against per-micro-batch means, which weigh short answers more."""
     first = {}

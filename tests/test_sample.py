@@ -1,8 +1,10 @@
 """Sampling: drawn with the right frequencies, ended at the right token, and never dependent on the company it keeps."""
 
 import dataclasses
+import gc
 import json
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -145,7 +147,14 @@ def test_a_recorded_step_replayed_is_the_step(monkeypatch, dtype):
     prompts = [prompt * 24 for prompt in PROMPTS]  # of 24 to 120 tokens
     draw = lambda m: sample(student, prompts, uniforms(0, range(5), 60), m, teacher, 0.3, 5, keep_hidden=True)
     monkeypatch.setattr(sampling, "record", lambda function: tapes.append(Tape(function)) or tapes[-1])
-    plain, recorded = draw(m), draw(dataclasses.replace(m, capture=True))
+    held, keep = [], sampling.KVCache.__init__
+    monkeypatch.setattr(sampling.KVCache, "__init__", lambda self, *a: held.append(weakref.ref(self)) or keep(self, *a))
+    gc.disable()
+    try:
+        plain, recorded = draw(m), draw(dataclasses.replace(m, capture=True))
+        assert len(held) == 4 and not any(cache() for cache in held)  # let go of at once, not when it is convenient
+    finally:
+        gc.enable()
     assert len(tapes) >= 3  # of 5 rows and of fewer, of 128 columns and of more
     assert recorded.answers == plain.answers and recorded.ended.equal(plain.ended)
     for name in ("student_logp", "mixed_logp", "teacher_logp", "reverse_kl"):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import random_gpt, refused, weights
+from torch._dynamo.utils import counters
 
 import teacher as supervised
 from config import make
@@ -52,14 +53,18 @@ def test_the_loss_is_that_of_the_answer_and_its_end(kd_ratio, m):
 
 no_compiler = not any(map(shutil.which, ("c++", "g++", "clang++")))
 FASTER_OR_SMALLER = [dict(micro_batch=1), dict(micro_batch=4), dict(recompute=True),
-                     pytest.param(dict(compile=True), marks=pytest.mark.skipif(no_compiler, reason="no C++ compiler"))]
+                     pytest.param(dict(compile=True, recompute=True),
+                                  marks=pytest.mark.skipif(no_compiler, reason="no C++ compiler"))]
 
 
 @pytest.mark.parametrize("settings", FASTER_OR_SMALLER, ids=str)
 def test_how_a_batch_is_computed_changes_nothing(config, tmp_path, settings):
     """A mean of means over micro-batches would weigh short answers more."""
+    counters.clear()
     for name, how in (("plain", {}), ("other", settings)):
         supervised.main(config(out=str(tmp_path / name), updates=2, evals=1, **how))
+    if settings.get("compile"):
+        assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
     for other, plain in zip(lines(tmp_path / "other"), lines(tmp_path / "plain"), strict=True):
         assert other["loss"] == pytest.approx(plain["loss"], rel=1e-4)
         assert other["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
