@@ -450,11 +450,12 @@ def serve(side: str, part: str, T: int, cfg: Config, m: Machine, pipe: Connectio
 
 def measure(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: float) -> dict:
     """The line of one part: each side in a process of its own, in turn."""
-    spawn, pipes = multiprocessing.get_context("spawn"), {}
+    spawn, pipes, processes = multiprocessing.get_context("spawn"), {}, []
     for side in ("ours", cfg.against):
         if side != "none" and part in SIDES[side][1]:
             pipes[side], end = spawn.Pipe()
-            spawn.Process(target=serve, args=(side, part, T, cfg, m, end), daemon=True).start()
+            processes.append(spawn.Process(target=serve, args=(side, part, T, cfg, m, end), daemon=True))
+            processes[-1].start()
             end.close()
     runs = {side: [] for side in pipes}
     for _ in range(cfg.repeats + 1):
@@ -464,8 +465,9 @@ def measure(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: 
                 runs[side].append(pipe.recv())
             except (EOFError, ConnectionError):
                 raise UserError(f"{part}: {side} failed; what it said stands above") from None
-    for pipe in pipes.values():
+    for pipe, process in zip(pipes.values(), processes):
         pipe.send(False)
+        process.join()
     ours, *peers = (statistics.median(taken for taken, _, _ in run[1:]) for run in runs.values())
     _, spent, gib = runs["ours"][-1]
     if part == "rouge":
