@@ -221,9 +221,10 @@ class Config:
             raise UserError(f"--warmup_steps={self.warmup_steps} leaves none of --steps={self.steps} at the full --lr")
         if self.mix_alpha != ALONE.get(self.source, self.mix_alpha):
             raise UserError(f"--source={self.source} and --mix_alpha={self.mix_alpha} contradict each other: give one")
+        wrong = f"--long_term={self.long_term}" if self.long_term else f"--weight={self.weight}"
         if self.source == "gold" and (self.long_term or self.weight != "none"):
-            raise UserError(f"--source=gold was drawn from neither model, and has neither the long term nor weights: "
-                            f"leave --long_term={self.long_term} and --weight={self.weight} out")
+            raise UserError("--source=gold was drawn from neither model, and has neither the long term nor weights: "
+                            f"leave {wrong} out")
         if self.divergence != "reverse" and self.long_term:
             raise UserError(f"--divergence={self.divergence} has no long term: leave --long_term=True out")
         names = self.baselines.split(",") if self.baselines else []
