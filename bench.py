@@ -435,17 +435,12 @@ def floor(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: fl
 
 def serve(side: str, part: str, T: int, cfg: Config, m: Machine, pipe: Connection) -> None:
     """A process of one side, so that neither an allocator's settings nor memory are shared: runs its part when asked,
-    and answers with seconds, what they went to, and peak GiB; on a CPU resident memory, which Linux alone tells."""
+    and answers with seconds, what they went to, and peak GiB."""
     owner = SIDES[side][0](cfg, machine(cfg.device, cfg.dtype, capture=cfg.capture) if side == "ours" else m, T)
     while pipe.recv():
         owner.spent = {}
-        taken, gib = seconds(m, getattr(owner, part)), float("nan")
-        if m.device.type == "cuda":
-            gib = torch.cuda.max_memory_allocated(m.device) / 2**30
-        elif Path("/proc/self/status").exists():  # not getrusage: a child inherits its parent's figure there
-            lines = Path("/proc/self/status").read_text().splitlines()
-            gib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
-        pipe.send((taken, owner.spent, gib))
+        taken = seconds(m, getattr(owner, part))
+        pipe.send((taken, owner.spent, m.peak_gib()))
 
 
 def measure(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: float) -> dict:

@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import json
 import os
+import shlex
 import sys
 import types
 import typing
@@ -125,6 +126,11 @@ def run(main: Callable, Config: type, presets: Callable[[dict], dict] | None = N
             dist.destroy_process_group()
 
 
+def command() -> str:
+    """The command that is running, to be noted beside what it makes."""
+    return shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
 # ---- the machine ----------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -161,6 +167,14 @@ class Machine:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+    def peak_gib(self) -> float:
+        """The most memory held so far: on a GPU by tensors, on a CPU by the process, which Linux alone tells."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        status = Path("/proc/self/status")  # not getrusage: a child inherits its parent's figure there
+        lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else ["VmHWM: nan"]
+        return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
     def say(self, *words) -> None:
         """Prints, on the first process only."""

@@ -1,17 +1,20 @@
-"""The metrics: Rouge-L and its kin, KL to a teacher, and the share of right answers in the built-in world.
+"""The metrics: Rouge-L and its kin, diversity, KL to a teacher, and the share of right answers in the built-in world.
 
 Paper:    arXiv 2306.08543v4, Section 3.1 (Rouge-L at temperature 1, mean of 5 seeds), Section 2.1 (the two KLs), and
-          Section 3.3, Figure 7 (Rouge-L by the length of the reference).
+          Section 3.3: Figure 7 (Rouge-L by the length of the reference) and Table 3 (Dist-4, loss on the references).
 Run:      python eval.py --model=out/tiny/minillm --teacher=out/tiny/teacher
           python eval.py --model=MiniLLM/MiniLLM-gpt2-120M --data=dolly
           python eval.py --model=MiniLLM/MiniLLM-gpt2-120M --data=all --out=out/eval/minillm-120M
 Shapes:   B answers, T response tokens, N response tokens of several rows, D width.
-Left out: GPT-4 and human judges, calibration, diversity of real text, exposure bias (Section 3.3, Appendix B.5).
+Left out: what has files of its own: exposure bias in exposure.py, calibration.py, and GPT-4's marks in judge.py.
 """
 
-import json
+import multiprocessing
+import os
 import string
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -23,7 +26,7 @@ import torch
 
 import data
 import world
-from config import Machine, UserError, check, flag, machine, run, write_json, write_lines
+from config import Machine, UserError, check, clock, command, flag, machine, read_json, run, write_json, write_lines
 from data import Example
 from model import GPT, by_chunks, frozen, load, predicting, same_vocabulary
 from sample import room_for_answers, sample, taken, uniforms
@@ -44,6 +47,29 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
     """100 if the answer is a reference but for case, punctuation and white space, else 0."""
     plain = lambda text: " ".join("".join(c for c in text.lower() if c not in string.punctuation).split())
     return 100.0 * (plain(answer) in map(plain, references))
+
+
+def score(answer: str, references: Sequence[str]) -> dict[str, float]:
+    return {"rouge_l": rouge_l(answer, references), "exact_match": exact_match(answer, references)}
+
+
+MANY = 10_000  # answers that are worth the seconds that it takes to start other processes
+
+
+def score_all(pairs: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, float]]:
+    """The scores of each (answer, references); of many, by all cores of the processor."""
+    if len(pairs) < MANY:
+        return [score(*pair) for pair in pairs]
+    cores = min(16, os.cpu_count() or 1)
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(score, *zip(*pairs), chunksize=256))
+
+
+def dist_n(texts: Iterable[str], n: int = 4) -> float:
+    """Percentage of different ones among all n-grams of words of these texts, Dist-4 of Table 3; 0 without any."""
+    words = [text.split() for text in texts]
+    ngrams = [tuple(w[at : at + n]) for w in words for at in range(len(w) - n + 1)]
+    return 100 * len(set(ngrams)) / max(1, len(ngrams))
 
 
 @torch.no_grad()
@@ -67,19 +93,22 @@ def held_out_loss(model: GPT, examples: Sequence[Example], m: Machine, batch_siz
 
 def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Example], m: Machine,
              teacher: GPT | None = None, seeds: Sequence[int] = (10,), max_response_tokens: int = 256,
-             batch_size: int = 64, forward: bool = False, progress: str = "evaluating") -> tuple[dict, list[dict]]:
+             batch_size: int = 64, forward: bool = False, no_repeat_ngram: int = 0,
+             progress: str = "evaluating") -> tuple[dict, list[dict]]:
     """An answer to each prompt and seed, scored: the mean of each metric for each seed, and the answers.
 
     Of an answer: rouge_l and exact_match, in percent; tokens; ended, 100 if it reached the end token; with a teacher
     reverse_kl in nats, the exact KL[q || p] at each position that the answer visits, summed; if `forward` also
-    forward_kl, KL[p || q] along an answer of p; in the built-in world valid, 100 if it is right. Of all answers to a
-    prompt, over all seeds, in the built-in world: distinct, the percentage left when repetitions are struck out."""
+    forward_kl, KL[p || q] along an answer of p; in the built-in world valid, 100 if it is right. Of all answers of a
+    seed: dist_4. Of all answers to a prompt, over all seeds: dist_4_prompt, the mean over prompts of their dist_4; in
+    the built-in world distinct, the percentage of answers left when repetitions are struck out."""
     model, answers, in_world = frozen(model, m.dtype), [], tokenizer.name == "words"
     mine = range(m.rank, len(examples), m.world)
     prompts = [examples[i].prompt for i in mine]
     for seed in seeds:
         uniform, label = uniforms(seed, mine, max_response_tokens), f"{progress}, seed {seed}"
-        rollout = sample(model, prompts, uniform, m, teacher, batch_size=batch_size, progress=label)
+        rollout = sample(model, prompts, uniform, m, teacher, batch_size=batch_size, no_repeat_ngram=no_repeat_ngram,
+                         progress=label)
         columns = {"tokens": rollout.response_mask.sum(1), "ended": 100 * rollout.ended}
         if teacher:
             columns["reverse_kl"] = rollout.reverse_kl.sum(1)
@@ -90,15 +119,22 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
         for n, i in enumerate(mine):
             row, text = examples[i].row, data.decode(tokenizer, rollout.answers[n])
             scores = {name: values[n] for name, values in columns.items()}
-            scores |= {"rouge_l": rouge_l(text, row.outputs), "exact_match": exact_match(text, row.outputs)}
             if in_world:
                 right = rollout.ended[n] and world.is_valid(row.instruction, row.input, text)
                 scores["valid"] = 100.0 if right else 0.0
             answers.append({"seed": seed, "prompt": i, "instruction": row.instruction, "input": row.input,
-                            "answer": text, "scores": scores})
+                            "references": row.outputs, "answer": text, "scores": scores})
+    for answer, scores in zip(answers, score_all([(a["answer"], a["references"]) for a in answers])):
+        answer["scores"] |= scores
     answers = sorted(m.gather(answers), key=lambda a: (a["seed"], a["prompt"]))
     means = {name: [float(np.mean([a["scores"][name] for a in answers if a["seed"] == seed])) for seed in seeds]
              for name in answers[0]["scores"]}
+    means["dist_4"] = [dist_n(a["answer"] for a in answers if a["seed"] == seed) for seed in seeds]
+    if len(seeds) > 1:
+        by_prompt = [[] for _ in examples]
+        for a in answers:
+            by_prompt[a["prompt"]].append(a["answer"])
+        means["dist_4_prompt"] = [float(np.mean([dist_n(texts) for texts in by_prompt]))]
     if in_world:
         different = {(a["instruction"], a["input"], a["answer"]) for a in answers}
         means["distinct"] = [100 * len(different) / len(answers)]
@@ -136,6 +172,7 @@ class Config:
     limit: int | None = flag(None, "use the first so many prompts only")
     max_prompt_tokens: int = flag(256, "longer prompts are dropped")
     max_response_tokens: int | None = flag(None, "longest answer; default 256, or what the model has room for")
+    no_repeat_ngram: int = flag(0, "never say so many tokens in a row twice; the released code tests with 6")
     batch_size: int = flag(64, "answers decoded together; changes memory and speed only")
     capture: bool = flag(False, "on a GPU: record a decoding step as a CUDA graph, and replay it")
     out: str | None = flag(None, "folder for results.json and samples.jsonl; default: only print")
@@ -144,7 +181,7 @@ class Config:
 
     def __post_init__(self):
         check(self, seeds=(1, 1000), limit=(1, 10**9), max_prompt_tokens=(1, 1023), max_response_tokens=(1, 1023),
-              batch_size=(1, 10**5))
+              no_repeat_ngram=(0, 1024), batch_size=(1, 10**5))
 
 
 def main(cfg: Config) -> dict:
@@ -160,13 +197,8 @@ def main(cfg: Config) -> dict:
     m, tokenizer = machine(cfg.device, cfg.dtype, capture=cfg.capture), data.load_tokenizer(cfg.model)
     given = asdict(cfg) | dict.fromkeys(("batch_size", "capture", "device"))
     given["weights"] = [stamp(cfg.model), stamp(cfg.teacher)]
-    if cfg.out and (Path(cfg.out) / "results.json").is_file():
-        results = json.loads((Path(cfg.out) / "results.json").read_text(encoding="utf-8"))
-        if "given" not in results:
-            raise UserError(f"--out={cfg.out} holds results of something else: give a folder of its own")
-        if results["given"] == given:
-            m.say(f"{cfg.out}: evaluated earlier, kept")
-            return results
+    if cfg.out and (results := earlier(Path(cfg.out) / "results.json", given, m)):
+        return results
     name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
     model = load(cfg.model, m.device)
     teacher = frozen(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
@@ -176,9 +208,11 @@ def main(cfg: Config) -> dict:
     examples = data.load_examples(name, cfg.split, tokenizer, cfg.max_prompt_tokens, longest, m.say)[: cfg.limit]
     seeds = [10 * (n + 1) for n in range(cfg.seeds)]
     room = cfg.max_response_tokens or room_for_answers(model, [e.prompt for e in examples])
+    began = time.perf_counter()
     means, answers = evaluate(model, tokenizer, examples, m, teacher, seeds, room, cfg.batch_size, forward=True,
-                              progress=cfg.model)
+                              no_repeat_ngram=cfg.no_repeat_ngram, progress=cfg.model)
     means["loss"] = [held_out_loss(model, examples, m)]
+    seconds = time.perf_counter() - began
     m.say(f"{cfg.model} on {name}, {len(examples):,} prompts; mean and standard deviation over seeds: {len(seeds)}")
     for metric, values in means.items():
         spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
@@ -191,12 +225,27 @@ def main(cfg: Config) -> dict:
     lengths = by_length(rouge, gold)
     m.say(f"  rouge_l of other prompts, 95%: {low:.2f} to {high:.2f}; by tokens of the reference: "
           + ", ".join(f"{group} {of['mean']:.2f} ({of['prompts']:,})" for group, of in lengths.items()))
-    results = {"given": given, "data": name, "prompts": len(examples), "seeds": seeds, "scores": means,
+    m.say(f"  took {clock(seconds)}, {m.peak_gib():.1f} GiB at most, on {m.device} in {str(m.dtype)[6:]}")
+    results = {"command": command(), "given": given, "data": name, "prompts": len(examples), "seeds": seeds,
+               "parameters": model.config.parameters, "seconds": seconds, "peak_gib": m.peak_gib(), "scores": means,
                "rouge_l_interval": [low, high], "rouge_l_by_length": lengths}
     if cfg.out and m.rank == 0:
         write_lines(Path(cfg.out) / "samples.jsonl", answers)
         write_json(Path(cfg.out) / "results.json", results)
     m.barrier()
+    return results
+
+
+def earlier(path: Path, given: dict, m: Machine) -> dict | None:
+    """The results in this file if they were made with the same settings and weights, else None.
+
+    Raises UserError if the file is something else's."""
+    results = read_json(path) if path.is_file() else None
+    if results is not None and "given" not in results:
+        raise UserError(f"--out={path.parent} holds results of something else: give a folder of its own")
+    if results is None or results["given"] != given:
+        return None
+    m.say(f"{path}: made earlier, kept")
     return results
 
 

@@ -56,6 +56,17 @@ def restrict(logp_vocab: Tensor, temperature: float, top_k: int, top_p: float) -
     return logp_vocab
 
 
+def without_repeats(logp_vocab: Tensor, seen: Tensor, n: int) -> Tensor:
+    """log-probabilities (b, V) less the tokens that would complete an n-gram that `seen` (b, S), prompt and answer so
+    far, holds already; -1 in it is padding. The released code tests with n = 6, of which the paper says nothing."""
+    if seen.size(1) < n:
+        return logp_vocab
+    ngrams = seen.unfold(1, n, 1)  # (b, S - n + 1, n)
+    repeated = (ngrams[..., :-1] == seen[:, None, seen.size(1) - n + 1 :]).all(-1) & (ngrams >= 0).all(-1)
+    counts = torch.zeros_like(logp_vocab).scatter_add_(1, ngrams[..., -1].clamp(min=0), repeated.to(logp_vocab.dtype))
+    return logp_vocab.masked_fill(counts > 0, -torch.inf).log_softmax(-1)
+
+
 def inverse_cdf(logp_vocab: Tensor, uniform: Tensor) -> Tensor:
     """The token (b,) at which the distribution function of each row first exceeds uniform (b,), in [0, 1).
 
@@ -131,7 +142,7 @@ class Decoder:
     What a step needs and makes stays on the device, and it works in place, so that it can be recorded."""
 
     def __init__(self, models: list[GPT], batch: list[int], rollout: Rollout, length: Tensor, uniform: Tensor,
-                 m: Machine, draw_from: Callable):
+                 m: Machine, draw_from: Callable, no_repeat_ngram: int):
         self.models, self.rollout, self.length, self.uniform, self.m = models, rollout, length, uniform, m
         self.draw_from, prompts = draw_from, [rollout.prompts[row] for row in batch]
         self.tokens, self.starts = data.pad_left(prompts, m.device)  # (b, P), (b,)
@@ -144,6 +155,8 @@ class Decoder:
                             "positions")
         self.caches = [KVCache(model.config, len(batch), self.width, m.device, m.dtype, m.capture) for model in models]
         self.t = torch.zeros(1, dtype=torch.int64, device=m.device)
+        self.no_repeat_ngram, padding = no_repeat_ngram, torch.arange(self.P, device=m.device) < self.starts[:, None]
+        self.seen = self.tokens.masked_fill(padding, -1) if no_repeat_ngram else None  # (b, P + t)
         self.recorded = Recorded() if m.capture else None
 
     def advance(self, t: int) -> None:
@@ -165,6 +178,8 @@ class Decoder:
             logp_vocab = [model.logits(h).log_softmax(-1) for model, h in zip(self.models, hidden)]  # (b, V) each
         log_q, log_p = logp_vocab[0], logp_vocab[-1]
         drawn_from = self.draw_from(log_q, log_p)  # (b, V)
+        if self.seen is not None:
+            drawn_from = without_repeats(drawn_from, self.seen, self.no_repeat_ngram)
         token = inverse_cdf(drawn_from, self.uniform[rows, t])  # (b,)
         out.response[rows, t], self.length[rows] = token, torch.where(self.done, self.length[rows], t + 1)
         out.student_logp[rows, t], out.mixed_logp[rows, t] = taken(log_q, token), taken(drawn_from, token)
@@ -175,6 +190,8 @@ class Decoder:
             out.teacher_hidden[rows, t] = hidden[1].to(self.m.dtype)
         self.done.logical_or_(token == self.models[0].config.eos_token_id)
         self.t.add_(1)
+        if self.seen is not None:
+            self.seen = torch.cat([self.seen, token[:, None]], 1)
         return token[:, None]
 
     def keep_alive(self) -> bool:
@@ -184,6 +201,7 @@ class Decoder:
         if 0 < len(alive) <= (0.5 if self.recorded else 0.75) * len(self.rows):
             self.rows, self.done, self.tokens, self.starts = (
                 values[alive] for values in (self.rows, self.done, self.tokens, self.starts))
+            self.seen = None if self.seen is None else self.seen[alive]
             for cache in self.caches:
                 cache.keep(alive)
         return len(alive) > 0
@@ -192,7 +210,8 @@ class Decoder:
 @torch.no_grad()
 def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, teacher: GPT | None = None,
            mix_alpha: float = 0.0, batch_size: int = 64, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-           keep_hidden: bool = False, on_token: Callable | None = None, progress: str = "") -> Rollout:
+           no_repeat_ngram: int = 0, keep_hidden: bool = False, on_token: Callable | None = None,
+           progress: str = "") -> Rollout:
     """An answer of at most T tokens to each of B prompts, drawn from Eq. (4)'s mixture; uniform (B, T) sets T.
 
     Both models read a prompt once, then advance together, token by token. Prompts of like length are decoded together,
@@ -200,6 +219,10 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
     (B, T), device = uniform.shape, m.device
     if mix_alpha and teacher is None:
         raise UserError(f"--mix_alpha={mix_alpha} mixes with a teacher: give --teacher")
+    if no_repeat_ngram == 1:
+        raise UserError("--no_repeat_ngram=1 would let no token be said twice: give 2 or more, or 0")
+    if no_repeat_ngram and m.capture:
+        raise UserError("--no_repeat_ngram looks back over more tokens at each step, and --capture records one step")
     new = lambda *shape, dtype=torch.float32: torch.zeros(B, *shape, dtype=dtype, device=device)
     rollout = Rollout(prompts, response=new(T, dtype=torch.int64), response_mask=new(T, dtype=torch.bool),
                       ended=new(dtype=torch.bool), student_logp=new(T), mixed_logp=new(T))
@@ -214,7 +237,8 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
     bar = tqdm(total=B, desc=progress, unit=" answers", leave=False, delay=2, disable=not progress or m.rank > 0)
     for at in range(0, B, batch_size):
         batch = order[at : at + batch_size]
-        decoder = Decoder([student, teacher] if teacher else [student], batch, rollout, length, uniform, m, draw_from)
+        decoder = Decoder([student, teacher] if teacher else [student], batch, rollout, length, uniform, m, draw_from,
+                          no_repeat_ngram)
         for t in range(T):
             before = decoder.done.tolist() if on_token else []
             decoder.advance(t)
@@ -290,6 +314,7 @@ class Config:
     temperature: float = flag(1.0, "divides the logits; near 0 the likeliest token always")
     top_k: int = flag(0, "draw from the likeliest k tokens only; 0 for all")
     top_p: float = flag(1.0, "draw from the fewest tokens that hold this probability")
+    no_repeat_ngram: int = flag(0, "never say so many tokens in a row twice, nor the prompt's; 0 for no such rule")
     seed: int = flag(0, "of the draws")
     batch_size: int = flag(64, "answers decoded together")
     limit: int | None = flag(None, "use the first so many prompts only")
@@ -300,8 +325,8 @@ class Config:
 
     def __post_init__(self):
         check(self, mix_alpha=(0, 1), samples=(1, 10**6), max_response_tokens=(1, 1023), max_prompt_tokens=(1, 1023),
-              temperature=(1e-4, 100), top_k=(0, 10**6), top_p=(1e-6, 1), seed=(0, 2**62), batch_size=(1, 10**5),
-              limit=(1, 10**9))
+              temperature=(1e-4, 100), top_k=(0, 10**6), top_p=(1e-6, 1), no_repeat_ngram=(0, 1024), seed=(0, 2**62),
+              batch_size=(1, 10**5), limit=(1, 10**9))
         if [self.prompt, self.prompts, self.data].count(None) != 2:
             raise UserError("give one of --prompt, --prompts and --data")
         if self.out and Path(self.out).is_dir():
@@ -365,8 +390,8 @@ def main(cfg: Config) -> None:
     mine = range(m.rank, len(rows), m.world)
     printer, began = None if cfg.out else Printer(tokenizer, len(rows)), time.perf_counter()
     rollout = sample(model, [prompts[i] for i in mine], uniforms(cfg.seed, mine, longest), m, teacher, cfg.mix_alpha,
-                     cfg.batch_size, cfg.temperature, cfg.top_k, cfg.top_p, on_token=printer,
-                     progress="sampling" if cfg.out else "")
+                     cfg.batch_size, cfg.temperature, cfg.top_k, cfg.top_p, cfg.no_repeat_ngram,
+                     on_token=printer, progress="sampling" if cfg.out else "")
     seconds, answers = time.perf_counter() - began, m.gather(list(zip(mine, rollout.answers, rollout.ended.tolist())))
     if printer:
         for row in (~rollout.ended).nonzero().squeeze(1).tolist():

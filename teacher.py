@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import data
-from config import Machine, UserError, check, clock, flag, machine, read_json, run, write_json, written_aside
+from config import Machine, UserError, check, clock, command, flag, machine, read_json, run, write_json, written_aside
 from data import Example
 from eval import evaluate, held_out_loss
 from model import (
@@ -211,7 +211,7 @@ def load_state(out: Path, cfg, model: GPT, optimizer, scaler, m: Machine) -> tup
             scaler.load_state_dict(state["scaler"])
         logged = state["step"]
     if m.rank == 0:
-        write_json(out / "run.json", asdict(cfg))
+        write_json(out / "run.json", asdict(cfg) | {"command": command()})
     if m.rank == 0 and (out / "log.jsonl").is_file():
         lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         with written_aside(out / "log.jsonl") as aside:

@@ -67,8 +67,9 @@ def test_evaluate_scores_every_prompt_and_seed(tiny_models, m):
     examples = data.load_examples("tiny", "test", tokenizer, 64, 64, lambda *words: None)[:12]
     means, answers = evaluate(student, tokenizer, examples, m, teacher, (10, 20), 16, forward=True)
     assert len(answers) == 24 and [a["prompt"] for a in answers[:12]] == list(range(12))
-    assert set(means) == {"rouge_l", "exact_match", "tokens", "ended", "valid", "reverse_kl", "forward_kl", "distinct"}
-    assert all(len(values) == 2 for name, values in means.items() if name != "distinct")
+    assert set(means) == {"rouge_l", "exact_match", "tokens", "ended", "valid", "reverse_kl", "forward_kl", "distinct",
+                          "dist_4", "dist_4_prompt"}
+    assert all(len(values) == 2 for name, values in means.items() if name not in ("distinct", "dist_4_prompt"))
     assert means["tokens"][0] != means["tokens"][1]  # seeds differ
     again, _ = evaluate(student, tokenizer, examples, m, teacher, (10, 20), 16, batch_size=5, forward=True)
     assert all(again[name] == pytest.approx(means[name], abs=1e-4) for name in means)
@@ -77,6 +78,30 @@ def test_evaluate_scores_every_prompt_and_seed(tiny_models, m):
     assert means["reverse_kl"] == pytest.approx(swapped["forward_kl"], rel=1e-5)
     itself, _ = evaluate(student, tokenizer, examples, m, student, (10,), 16)
     assert itself["reverse_kl"] == [0.0]
+
+
+def test_dist_n_by_hand():
+    """The 2-grams of "a b a b c" are ab, ba, ab, bc, three of four different; a second text with bc makes it 3 of 5."""
+    assert evaluation.dist_n(["a b a b c"], 2) == 75.0 and evaluation.dist_n(["a b a b c", "b  c"], 2) == 60.0
+    assert evaluation.dist_n(["a b c d", "a b c d e"]) == pytest.approx(200 / 3) and evaluation.dist_n(["a b c"]) == 0.0
+
+
+def test_diversity_is_of_a_seed_and_of_a_prompt(tiny_models, m, monkeypatch):
+    """Two prompts, two seeds: each seed says the same to both prompts, the first seed twice the same four words."""
+    tokenizer = data.world_tokenizer()
+    examples = data.load_examples("tiny", "test", tokenizer, 64, 64, lambda *words: None)[:2]
+    texts = iter(["Anna saw the cat and the cat"] * 2 + ["Anna found an owl"] * 2)
+    monkeypatch.setattr(data, "decode", lambda tokenizer, tokens: next(texts))
+    means, answers = evaluate(load(tiny_models["student"]), tokenizer, examples, m, None, (10, 20), 16)
+    assert means["dist_4"] == [50.0, 50.0] and means["dist_4_prompt"] == [100.0]
+    assert answers[0]["references"] == examples[0].row.outputs
+
+
+def test_many_answers_are_scored_by_several_processes(monkeypatch):
+    pairs = [(f"the cat sat {n}", ("the cat", f"a dog {n}")) for n in range(40)]
+    alone = evaluation.score_all(pairs)
+    monkeypatch.setattr(evaluation, "MANY", 10)
+    assert evaluation.score_all(pairs) == alone and len({s["rouge_l"] for s in alone}) == 1
 
 
 def test_right_answers_are_counted_only_if_they_end(tiny_models, m, monkeypatch):
@@ -140,7 +165,7 @@ def test_the_command_writes_its_results_and_keeps_them(tiny_models, tmp_path, ca
     assert json.loads((tmp_path / "results.json").read_text()) == results
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == 10 and {line["seed"] for line in lines} == {10, 20}
-    assert evaluation.main(cfg) == results and "evaluated earlier" in capsys.readouterr().out
+    assert evaluation.main(cfg) == results and "made earlier" in capsys.readouterr().out
 
 
 def test_commands_that_cannot_work(tiny_models, tmp_path):

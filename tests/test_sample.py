@@ -5,6 +5,7 @@ import gc
 import json
 import re
 import weakref
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import data
 import sample as sampling
 from config import Machine
 from model import GPTConfig, PackedLinear, frozen, new
-from sample import inverse_cdf, mix, restrict, sample, uniforms
+from sample import inverse_cdf, mix, restrict, sample, uniforms, without_repeats
 
 PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 1, 2], [3, 3]]
 
@@ -188,6 +189,37 @@ def test_temperature_top_k_and_top_p_by_hand():
     assert probs(0.5, 0, 1.0) == pytest.approx([25 / 36, 1 / 36, 9 / 36, 1 / 36])
     assert probs(1e-4, 0, 1.0) == pytest.approx([1, 0, 0, 0])
     assert probs(1.0, 100, 1.0) == pytest.approx([0.5, 0.1, 0.3, 0.1])
+
+
+def test_repeated_ngrams_as_transformers_bans_them():
+    from transformers import NoRepeatNGramLogitsProcessor
+    seen = torch.randint(0, 9, (50, 7), generator=torch.Generator().manual_seed(0)).repeat(1, 2)
+    logits = torch.randn(50, 9)
+    for n in (2, 3, 5):
+        banned = NoRepeatNGramLogitsProcessor(n)(seen, logits.clone()).isinf()
+        assert torch.equal(without_repeats(logits, seen, n).isinf(), banned) and banned.any()
+    padded = torch.cat([torch.full((50, 3), -1), seen], 1)  # what is padding is no token
+    torch.testing.assert_close(without_repeats(logits, padded, 3), without_repeats(logits, seen, 3))
+    assert without_repeats(logits, seen[:, :2], 3) is logits
+    nothing = without_repeats(logits, torch.full((50, 4), -1), 2)
+    assert not nothing.isinf().any()
+
+
+def test_no_ngram_comes_twice(m):
+    """Neither from the answer nor from the prompt, whatever the batch, and what is drawn from is what is noted."""
+    student = random_gpt(5)
+    uniform = uniforms(0, range(5), 20)
+    free, ruled, alone = (sample(student, PROMPTS, uniform, m, **settings) for settings in (
+        {}, dict(no_repeat_ngram=2), dict(no_repeat_ngram=2, batch_size=1)))
+    bigrams = lambda rollout: [list(pairwise(prompt + answer)) for prompt, answer in zip(PROMPTS, rollout.answers)]
+    assert any(len(set(pairs)) < len(pairs) for pairs in bigrams(free))
+    assert all(len(set(pairs)) == len(pairs) for pairs in bigrams(ruled))
+    assert ruled.answers == alone.answers and ruled.answers != free.answers
+    gained = ruled.mixed_logp - ruled.student_logp
+    assert gained.min() > -1e-5 and gained.max() > 0.01
+    refused(lambda: sample(student, PROMPTS, uniform, m, no_repeat_ngram=1), "--no_repeat_ngram=1")
+    refused(lambda: sample(student, PROMPTS, uniform, dataclasses.replace(m, capture=True), no_repeat_ngram=2),
+            "--no_repeat_ngram", "--capture")
 
 
 def test_samples_that_cannot_be_drawn(m):

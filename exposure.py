@@ -1,0 +1,118 @@
+"""Exposure bias: how much a student's error grows because it goes on from its own words instead of the teacher's.
+
+Paper:    arXiv 2306.08543v4, Section 3.3, Figure 6, and Appendix B.5, Eqs. (30) to (32).
+Run:      python exposure.py --model=out/tiny/minillm --teacher=out/tiny/teacher
+          python exposure.py --model=MiniLLM/MiniLLM-gpt2-120M --teacher=MiniLLM/teacher-gpt2-1.5B --out=out/exposure
+Shapes:   N prompts, l up to T response tokens. An error is KL[p || q] at one position, exact over the vocabulary.
+Left out: the decoding rules with which the released script samples, which are neither q's nor p's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+import data
+from config import Machine, check, command, flag, machine, run, write_json
+from eval import earlier, stamp
+from model import GPT, frozen, load, same_vocabulary
+from sample import room_for_answers, sample, uniforms
+
+
+def errors(student: GPT, teacher: GPT, prompts: Sequence[list[int]], samples: int, T: int, m: Machine, seed: int = 0,
+           batch_size: int = 64) -> np.ndarray:
+    """(4, N, T): the errors along answers of q, summed over `samples` answers to each prompt, and how many answers
+    reached the position; then both along answers of p. Pass `frozen` models."""
+    totals = torch.zeros(4, len(prompts), T, dtype=torch.float64, device=m.device)
+    mine = list(range(m.rank, len(prompts), m.world))
+    for n in range(samples):
+        uniform = uniforms(seed, [n * len(prompts) + i for i in mine], T)
+        for at, mix_alpha, whose in ((0, 1.0, "student"), (2, 0.0, "teacher")):
+            # p stands first, so the KL kept is KL[p || q]; the second model, q, speaks where alpha is 1
+            rollout = sample(teacher, [prompts[i] for i in mine], uniform, m, student, mix_alpha, batch_size,
+                             progress=f"sample {n + 1} of {samples}, {whose}")
+            totals[at, mine] += rollout.reverse_kl.double()
+            totals[at + 1, mine] += rollout.response_mask.double()
+    m.sum(totals)
+    return totals.cpu().numpy()
+
+
+def excess(totals: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """R(l), eps(l) and ExAccErr(l) in percent, for l = 1, 2 ... up to where fewer than one answer in a hundred goes on.
+
+    totals (4, N, T) from errors(); weights (..., N) counts prompts anew, for a bootstrap. E_{y_<t ~ q} and E_{y_<t ~ p}
+    are taken over the answers that have not ended before t: one that has makes no further error. (..., l) each"""
+    weights = np.ones(totals.shape[1]) if weights is None else weights
+    alive = totals[1::2].sum(1)  # (2, T)
+    l = int((alive >= np.maximum(1, alive[:, :1] / 100)).all(0).sum())
+    q_error, q_alive, p_error, p_alive = (weights @ total[:, :l] for total in totals)  # (..., l)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        R = (q_error / q_alive).cumsum(-1)  # Eq. (30)
+        l_eps = (p_error / p_alive).cumsum(-1)
+        return R, l_eps / np.arange(1, l + 1), 100 * (R - l_eps) / l_eps  # Eqs. (31), (32)
+
+
+# ---- command --------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Config:
+    model: str = flag("out/tiny/minillm", "the student q: a folder, gpt2 ... gpt2-xl, OWNER/NAME on the hub")
+    teacher: str = flag("out/tiny/teacher", "p: likewise")
+    data: str | None = flag(None, "prompts: an instruction set or FILE.jsonl; default tiny or dolly, as the model is")
+    split: Literal["test", "valid"] = flag("test", "which rows of it")
+    samples: int = flag(10, "answers of q and of p to each prompt")
+    limit: int | None = flag(None, "use the first so many prompts only")
+    max_prompt_tokens: int = flag(256, "longer prompts are dropped")
+    max_response_tokens: int | None = flag(None, "longest answer; default 256, or what the model has room for")
+    seed: int = flag(0, "of the draws")
+    batch_size: int = flag(64, "answers decoded together; changes memory and speed only")
+    capture: bool = flag(False, "on a GPU: record a decoding step as a CUDA graph, and replay it")
+    out: str | None = flag(None, "folder for exposure.json; default: only print")
+    device: str = flag("auto", "cpu, cuda, cuda:1 ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "what autocast computes in")
+
+    def __post_init__(self):
+        check(self, samples=(1, 10**6), limit=(1, 10**9), max_prompt_tokens=(1, 1023), max_response_tokens=(1, 1023),
+              seed=(0, 2**62), batch_size=(1, 10**5))
+
+
+def main(cfg: Config) -> dict:
+    m, tokenizer = machine(cfg.device, cfg.dtype, capture=cfg.capture), data.load_tokenizer(cfg.model)
+    given = asdict(cfg) | dict.fromkeys(("batch_size", "capture", "device"))
+    given["weights"] = [stamp(cfg.model), stamp(cfg.teacher)]
+    path = Path(cfg.out) / "exposure.json" if cfg.out else None
+    if path and (results := earlier(path, given, m)):
+        return results
+    student, teacher = load(cfg.model, m.device), load(cfg.teacher, m.device)
+    same_vocabulary(student.config, teacher.config)
+    name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
+    room = min(student.config.n_positions, teacher.config.n_positions)
+    examples = data.load_examples(name, cfg.split, tokenizer, cfg.max_prompt_tokens, room, m.say)[: cfg.limit]
+    prompts = [example.prompt for example in examples]
+    T = cfg.max_response_tokens or room_for_answers(student, prompts)
+    totals = errors(frozen(student, m.dtype), frozen(teacher, m.dtype), prompts, cfg.samples, T, m, cfg.seed,
+                    cfg.batch_size)
+    R, eps, ex_acc_err = excess(totals)
+    again = np.random.default_rng(0).multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), 500)
+    low, high = np.quantile(excess(totals, again)[2], [0.025, 0.975], axis=0)
+    m.say(f"{cfg.model} of {cfg.teacher} on {name}: {len(prompts):,} prompts, {cfg.samples} answers each")
+    m.say(f"{'l':>5}{'R(l)':>11}{'l eps(l)':>11}{'ExAccErr(l) %':>16}   95%, other prompts")
+    last = len(R)
+    for l in sorted({*(2**n for n in range(last.bit_length())), last}):
+        m.say(f"{l:5}{R[l - 1]:11.4f}{l * eps[l - 1]:11.4f}{ex_acc_err[l - 1]:16.2f}   {low[l - 1]:.2f} to "
+              f"{high[l - 1]:.2f}")
+    columns = {"R": R, "eps": eps, "ex_acc_err": ex_acc_err, "low": low, "high": high,
+               "q_answers": totals[1].sum(0)[:last], "p_answers": totals[3].sum(0)[:last]}
+    results = {"command": command(), "given": given, "data": name, "prompts": len(prompts), "samples": cfg.samples}
+    results |= {key: [x if np.isfinite(x) else None for x in column.tolist()] for key, column in columns.items()}
+    if path and m.rank == 0:
+        write_json(path, results)
+    m.barrier()
+    return results
+
+
+if __name__ == "__main__":
+    run(main, Config)
