@@ -53,6 +53,9 @@ def parse(Config: type, argv: list[str], presets: Callable[[dict], dict] | None 
     names = {field.name: f"--{field.name}" for field in dataclasses.fields(Config)}
     for field in dataclasses.fields(Config):
         kind, choices = hints[field.name], None
+        if kind == tuple[str, ...]:  # the one field of a script that has no name on its command line
+            parser.add_argument(field.name, nargs="*", default=argparse.SUPPRESS, help=field.metadata["help"])
+            continue
         if isinstance(kind, types.UnionType):  # `float | None`: None stands for "not given"
             kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
         if typing.get_origin(kind) is typing.Literal:
@@ -69,7 +72,8 @@ def parse(Config: type, argv: list[str], presets: Callable[[dict], dict] | None 
         near = difflib.get_close_matches(name, names.values(), n=1)
         parser.error(f"unknown flag {name}" + (f" (did you mean {near[0]}?)" if near else "; --help lists them"))
     try:
-        return make(Config, vars(given), presets)
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+        return make(Config, given, presets)
     except UserError as error:
         parser.error(str(error))
 

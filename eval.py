@@ -169,6 +169,7 @@ class Config:
     split: Literal["test", "valid"] = flag("test", "which rows of it; a FILE.jsonl is its own test split, whole")
     teacher: str | None = flag(None, "measure reverse and forward KL to this model")
     seeds: int = flag(5, "number of seeds, of 10, 20, 30 ...")
+    corpus: str | None = flag(None, "measure the loss on this plain text too: tiny-text, FILE.txt ..., as distill.py")
     limit: int | None = flag(None, "use the first so many prompts only")
     max_prompt_tokens: int = flag(256, "longer prompts are dropped")
     max_response_tokens: int | None = flag(None, "longest answer; default 256, or what the model has room for")
@@ -208,10 +209,16 @@ def main(cfg: Config) -> dict:
     examples = data.load_examples(name, cfg.split, tokenizer, cfg.max_prompt_tokens, longest, m.say)[: cfg.limit]
     seeds = [10 * (n + 1) for n in range(cfg.seeds)]
     room = cfg.max_response_tokens or room_for_answers(model, [e.prompt for e in examples])
+    pieces = []
+    if cfg.corpus:
+        corpus = data.load_corpus(cfg.corpus, tokenizer, Path(cfg.out or "out") / "corpus", m)
+        pieces = data.Pieces(corpus, min(512, model.config.n_positions))[:200]
     began = time.perf_counter()
     means, answers = evaluate(model, tokenizer, examples, m, teacher, seeds, room, cfg.batch_size, forward=True,
                               no_repeat_ngram=cfg.no_repeat_ngram, progress=cfg.model)
     means["loss"] = [held_out_loss(model, examples, m)]
+    if pieces:
+        means["text_loss"] = [held_out_loss(model, pieces, m)]
     seconds = time.perf_counter() - began
     m.say(f"{cfg.model} on {name}, {len(examples):,} prompts; mean and standard deviation over seeds: {len(seeds)}")
     for metric, values in means.items():

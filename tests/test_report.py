@@ -1,0 +1,145 @@
+"""The report: figures of the right runs, the paper's beside them, and a page that stands by itself."""
+
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import refused
+
+import distill
+import exposure
+import report
+from report import comparison, curve, differing, figure_of, find, result_tables, smooth
+
+
+def evaluation(folder, model, data="tiny", rouge=(1.0, 3.0), parameters=5, **scores):
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"command": f"python eval.py --model={model}", "given": {"model": model}, "data": data, "prompts": 3,
+               "seeds": [10, 20], "parameters": parameters, "seconds": 60.0, "peak_gib": 1.5,
+               "scores": {"rouge_l": list(rouge)} | scores, "rouge_l_interval": [1, 2],
+               "rouge_l_by_length": {"[0,5]": {"prompts": 1, "mean": rouge[0]}, "[11,inf)": {"prompts": 2, "mean": 2}}}
+    (folder / "results.json").write_text(json.dumps(content))
+    rows = [{"seed": seed, "prompt": n, "instruction": f"Say {n}", "input": "", "references": ["<b>this</b>"],
+             "answer": f"{model} says {n} by {seed}", "scores": {"rouge_l": 1.0, "tokens": 4}}
+            for seed in (10, 20) for n in range(3)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def training(folder, out, **flags):
+    """A run of phase 2 with its evaluation."""
+    (folder / "minillm").mkdir(parents=True)
+    settings = {"command": "python distill.py", "out": out, "seed": 1, "teacher": "p", "mix_alpha": 0.2,
+                "long_term": True, "divergence": "reverse", "source": "mixed"}
+    (folder / "minillm" / "run.json").write_text(json.dumps(settings | flags))
+    lines = [{"step": 0, "valid": {"valid": 10.0}}] + [{"step": n, "reverse_kl": 5.0 / n} for n in range(1, 9)]
+    (folder / "minillm" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def run_of(tmp_path, seed, name, valid, **flags):
+    out = f"out/seed-{seed}/{name}"
+    training(tmp_path / f"seed-{seed}" / name, out, seed=seed, **flags)
+    evaluation(tmp_path / f"seed-{seed}" / name / "test" / "minillm", out + "/minillm", valid=[valid])
+
+
+def test_runs_are_grouped_over_seeds_and_told_by_what_differs(tmp_path):
+    for seed, valid in ((1, 90.0), (2, 70.0)):
+        run_of(tmp_path, seed, "full", valid)
+        run_of(tmp_path, seed, "student", valid - 50, mix_alpha=0.0)
+    found = find([str(tmp_path)])
+    assert {item.name for item in found} == {"full/minillm", "student/minillm"}
+    runs, results = ([f for f in found if f.kind == kind] for kind in ("training", "evaluation"))
+    assert differing(runs) == ["mix_alpha"]
+    (table,) = comparison(runs, results)
+    assert table.header[:4] == ["model", "runs", "--mix_alpha", "valid"]
+    assert [row[:4] for row in table.rows] == [["full/minillm", "2", "0.2", "80.00 ± 14.14"],
+                                               ["student/minillm", "2", "0.0", "30.00 ± 14.14"]]
+    (figure,) = report.sweep_figure(runs, results)
+    assert figure.file == "alpha" and "Figure 16" in figure.about
+    assert report.sweep_figure(runs[:1], results) == []
+
+
+def test_spread_is_over_runs_or_over_the_seeds_of_a_single_one(tmp_path):
+    evaluation(tmp_path / "a", "seed-1/m", rouge=(1.0, 3.0))
+    one = find([str(tmp_path)])
+    assert figure_of(one, "rouge_l") == (2.0, pytest.approx(2**0.5), 2)
+    evaluation(tmp_path / "b", "seed-2/m", rouge=(5.0, 7.0))
+    two = find([str(tmp_path)])
+    assert figure_of(two, "rouge_l") == (4.0, pytest.approx(8**0.5), 2) and figure_of(two, "valid") is None
+
+
+def test_the_papers_figure_stands_beside_the_same_model_and_set(tmp_path):
+    evaluation(tmp_path / "a", "MiniLLM/SFT-gpt2-120M", "dolly", (23.5, 24.1), 124_439_808)
+    evaluation(tmp_path / "b", "out/gpt2-xl-to-gpt2/minillm", "dolly", (20.0, 20.0), 124_439_808)
+    evaluation(tmp_path / "c", "out/other/minillm", "dolly", (20.0, 20.0), 1234)
+    evaluation(tmp_path / "d", "MiniLLM/teacher-gpt2-1.5B", "sinst", (27.6, 27.6), 1_557_611_200)
+    dolly, sinst = result_tables(find([str(tmp_path)]))
+    column = dolly.header.index("paper's rouge_l")
+    beside = {row[0]: row[column : column + 2] for row in dolly.rows}
+    assert beside == {"MiniLLM/SFT-gpt2-120M": ["23.3", "+0.5"], "out/gpt2-xl-to-gpt2/minillm": ["24.6", "-4.6"],
+                      "out/other/minillm": ["", ""]}
+    assert sinst.rows[0][column : column + 2] == ["27.6", "+0.0"]
+
+
+def test_the_sixteen_pairs_are_a_square(tmp_path):
+    run_of(tmp_path, 1, "start", 99.0)
+    for n, (divergence, source) in enumerate((d, s) for d in ("reverse", "js") for s in ("mixed", "student")):
+        run_of(tmp_path, 1, f"{divergence}-{source}", 10.0 * n, divergence=divergence, source=source, long_term=False)
+    found = find([str(tmp_path)])
+    tables = comparison(*([f for f in found if f.kind == kind] for kind in ("training", "evaluation")))
+    square = next(table for table in tables if table.title.endswith("valid"))
+    header, *rows = square.header, *square.rows
+    cells = {(row[0], name): cell for row in rows for name, cell in zip(header[1:], row[1:])}
+    assert cells == {("reverse", "--source=mixed"): "0.00", ("reverse", "--source=student"): "10.00",
+                     ("js", "--source=mixed"): "20.00", ("js", "--source=student"): "30.00"}
+
+
+def test_curves(tmp_path):
+    assert smooth(np.array([1.0, 3.0, 5.0, 7.0]), 2).tolist() == [1, 2, 4, 6]
+    training(tmp_path, "out/x")
+    steps, values = curve(tmp_path / "minillm" / "log.jsonl", "reverse_kl")
+    assert steps.tolist() == list(range(1, 9)) and values[4] == 1.0
+    assert [x.tolist() for x in curve(tmp_path / "minillm" / "log.jsonl", "valid")] == [[0], [10.0]]
+    assert len(curve(tmp_path / "minillm" / "log.jsonl", "rouge_l")[0]) == 0
+
+
+def test_lines_can_be_told_apart_in_grey():
+    assert len({line for _, line in report.STYLES[:4]}) == 4 and len(set(report.STYLES)) == len(report.STYLES)
+
+
+def test_the_page_stands_by_itself_and_runs_nothing(tmp_path):
+    """No address but in the data, no script, text from models and files escaped; every picture says its command."""
+    run_of(tmp_path, 1, "start", 50.0)
+    evaluation(tmp_path / "sft", "out/<script>alert(1)</script>/sft", rouge=(2.0, 2.0))
+    report.main(report.Config((str(tmp_path),), out=str(tmp_path / "report"), prompts=2))
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "http" not in page and "<script" not in page and "<link" not in page
+    assert "&lt;b&gt;this&lt;/b&gt;" in page and "&lt;script&gt;" in page
+    pictures = [base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", page)]
+    assert pictures and all(picture.startswith(b"\x89PNG") for picture in pictures)
+    written = {path.read_bytes() for path in (tmp_path / "report").glob("*.png")}
+    assert written == set(pictures) and page.count("<code>python distill.py</code>") >= 1
+    assert "says 1 by 10" in page and "says 2 by 10" not in page and "by 20" not in page  # two prompts, the first seed
+    table = (tmp_path / "report" / "report.md").read_text()
+    assert "| model | runs | valid | rouge_l |" in table
+
+
+def test_a_run_and_its_exposure_bias(distill_config, tmp_path, capsys):
+    """Through the real commands, at a few updates."""
+    cfg = distill_config()
+    distill.main(cfg)
+    settings = dict(limit=3, samples=2, max_response_tokens=6, device="cpu", dtype="float32", teacher=cfg.teacher)
+    exposure.main(exposure.Config(f"{cfg.out}/minillm", out=f"{cfg.out}/exposure", **settings))
+    report.main(report.Config((cfg.out,), out=str(tmp_path / "report")))
+    assert "1 tables, 2 figures" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.md", "training.png",
+                                                                      "exposure.png"}
+
+
+def test_folders_that_hold_nothing(tmp_path):
+    refused(lambda: report.Config(), "give the folders")
+    refused(lambda: find([str(tmp_path / "none")]), "none is no folder")
+    refused(lambda: find([str(tmp_path)]), "no results in it")
+    (tmp_path / "results.json").write_text("{")
+    refused(lambda: find([str(tmp_path)]), "results.json is not JSON")
