@@ -11,9 +11,11 @@ import pytest
 from config import parse
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["config", "model", "world", "data", "sample", "eval", "teacher", "plan", "distill", "oracle", "bench"]
+ORDER = ["config", "model", "world", "data", "sample", "eval", "exposure", "calibration", "judge", "teacher", "plan",
+         "distill", "oracle", "report", "bench"]
 SOURCE = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in ORDER}
-COMMANDS = ["data", "sample", "eval", "teacher", "distill", "oracle", "bench"]
+COMMANDS = ["data", "sample", "eval", "exposure", "calibration", "judge", "teacher", "distill", "oracle", "report",
+            "bench"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HOME = {"Eq. (1)": "distill.reverse_kl", "Eq. (2)": "distill.token_reward", "Eq. (3)": "distill.single_step_loss",
         "Eq. (4)": "sample.mix", "Eq. (5)": "distill.importance_weights", "Eq. (6)": "distill.future_reward",
@@ -61,14 +63,21 @@ def test_every_flag_is_read(name):
 
 def commands(text: str) -> set[str]:
     """The commands of a text: `python FILE.py ...`, or torchrun's, without what is told of them at their right."""
-    found = re.findall(r"(?m)(?:^|`|\s{2,})(?:torchrun \S+|python) (\w+\.py[^`\n]*)", text)
+    found = re.findall(r"(?m)(?:^|`|\s{2,})(?:torchrun \S+|python) ((?:reproduce/)?\w+\.py[^`\n]*)", text)
     return {re.split(r"\s{3,}|;|\s+#", line)[0].rstrip(",. ") for line in found}
 
 
-@pytest.mark.parametrize("command", sorted(commands("\n".join([README, *SOURCE.values()]))))
-def test_commands_as_printed_are_accepted(command):
+SCRIPTS = [path.read_text(encoding="utf-8") for path in (ROOT / "reproduce").glob("*.py")]
+
+
+@pytest.mark.parametrize("command", sorted(commands("\n".join([README, *SOURCE.values(), *SCRIPTS]))))
+def test_commands_as_printed_are_accepted(command, monkeypatch):
     """Every flag exists, every value is in its range."""
     script, *flags = shlex.split(command)
+    if script.startswith("reproduce/"):
+        assert (ROOT / script).is_file()
+        monkeypatch.syspath_prepend(str(ROOT / "reproduce"))
+        script = "worlds.py"
     module = importlib.import_module(script.removesuffix(".py"))
     presets = getattr(module, "presets", None)
     flags = [flag.replace("=S", "=1") if flag.startswith("--seed") else flag for flag in flags]

@@ -1,0 +1,107 @@
+"""The two worlds in which each table and figure is made again, and how the commands of one are run.
+
+Every script beside this file lists the project's own commands for one table or figure, prints each before it runs, and
+ends with report.py. What is finished is kept: a script that was stopped goes on when it is started again, and scripts
+share what they have in common.
+
+tiny:     the built-in world, on a CPU: a student of 3,756 parameters, and for sizes two larger ones
+paper:    GPT-2 on Dolly, on a GPU, phase 2 from the released teacher and the released result of phase 1
+
+Run:      python reproduce/table4.py                         all seeds of the tiny world
+          python reproduce/table4.py --world=paper --dry_run         print the commands, run none
+"""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the project's files have no package
+
+import config  # noqa: E402
+from config import UserError, check, flag  # noqa: E402
+
+Command = list[str]
+MEASURES = ("eval.py", "exposure.py", "calibration.py")
+
+
+@dataclass(frozen=True)
+class Config:
+    world: Literal["tiny", "paper"] = flag("tiny", "built-in, on a CPU; or the paper's, on a GPU")
+    seeds: int | None = flag(None, "runs, each with a seed of its own, 1, 2 ...; default 5 in the tiny world, else 1")
+    jobs: int = flag(1, "seeds worked on at a time; a CPU of few cores does best with one thread and a job for each")
+    limit: int | None = flag(None, "prompts of each evaluation that a script asks for by itself: to try it")
+    dry_run: bool = flag(False, "print the commands, run none")
+
+    def __post_init__(self):
+        check(self, seeds=(1, 100), jobs=(1, 100), limit=(1, 10**9))
+
+
+@dataclass(frozen=True)
+class World:
+    """The commands of one seed. Folders are relative to the project's root, as commands are run there."""
+    name: str
+    seed: int
+
+    @property
+    def tiny(self) -> bool:
+        return self.name == "tiny"
+
+    def folder(self, variant: str) -> str:
+        return f"out/reproduce/{self.name}/seed-{self.seed}/{variant}"
+
+    @property
+    def teacher(self) -> str:
+        return self.folder("start") + "/teacher" if self.tiny else "MiniLLM/teacher-gpt2-1.5B"
+
+    @property
+    def init(self) -> str:
+        """The student after phase 1."""
+        return self.folder("start") + "/init" if self.tiny else "MiniLLM/init-gpt2-120M"
+
+    def distill(self, variant: str, *flags: str) -> Command:
+        return ["distill.py", "--resume", f"--seed={self.seed}", f"--out={self.folder(variant)}", *flags]
+
+    def start(self) -> Command:
+        """MiniLLM as the paper has it, with which all variants are compared; in the tiny world the teacher, phase 1 and
+        the baselines too."""
+        if self.tiny:
+            return self.distill("start")
+        return self.distill("start", f"--teacher={self.teacher}", f"--student={self.init}")
+
+    def variant(self, name: str, *flags: str) -> Command:
+        """The same but for these flags."""
+        given = {f.split("=")[0] for f in flags}
+        same = [f"--teacher={self.teacher}", f"--student={self.init}", "--baselines="]
+        same += ["--preset=tiny"] if self.tiny else []
+        return self.distill(name, *(f for f in same if f.split("=")[0] not in given), *flags)
+
+
+def run(commands: Callable[[World], Iterator[Command]], report: str, *flags: str) -> None:
+    """Runs the commands of each seed, then report.py over the folders that they name by --out, with these flags."""
+    config.run(lambda cfg: go(cfg, commands, report, flags), Config)
+
+
+def go(cfg: Config, commands: Callable[[World], Iterator[Command]], report: str, flags: tuple[str, ...]) -> None:
+    count = cfg.seeds or (5 if cfg.world == "tiny" else 1)
+    work = [list(commands(World(cfg.world, seed))) for seed in range(1, count + 1)]
+    if not any(work):
+        raise UserError(f"--world={cfg.world} has nothing of this: give --world=paper")
+    for command in (command for seed in work for command in seed if cfg.limit and command[0] in MEASURES):
+        command.append(f"--limit={cfg.limit}")
+    made = [f.removeprefix("--out=") for seed in work for command in seed for f in command if f.startswith("--out=")]
+    last = ["report.py", *dict.fromkeys(made), f"--out=out/reproduce/{cfg.world}/{report}", *flags]
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        list(pool.map(lambda seed: [call(command, cfg.dry_run) for command in seed], work))
+    call(last, cfg.dry_run)
+
+
+def call(command: Command, dry_run: bool) -> None:
+    print(f"$ python {shlex.join(command)}", flush=True)
+    if not dry_run and (code := subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode):
+        raise UserError(f"stopped: `python {shlex.join(command)}` ended with exit code {code}; what it said is above")
