@@ -75,6 +75,8 @@ def find(folders: Iterable[str]) -> list[Found]:
             elif path.name.startswith("judge"):
                 content = read_json(path)
                 found.append(Found("judge", path, content["given"]["answers"], content))
+        if lacking := [item.path for item in found[before:] if "command" not in item.content]:
+            raise UserError(f"{lacking[0]} was made by an earlier version, and lacks what a report needs: make it anew")
         if len(found) == before:
             raise UserError(f"{folder}: no results in it; they are written by distill.py, or by eval.py --out=FOLDER")
     names = {item.name: [p for p in Path(item.name).parts if not re.fullmatch(r"seed-\d+", p)] for item in found}
@@ -82,13 +84,16 @@ def find(folders: Iterable[str]) -> list[Found]:
     while len({tuple(parts[: shared + 1]) for parts in names.values()}) == 1 and shared + 1 < min(
             map(len, names.values())):
         shared += 1
-    once = {}
+    once, places = {}, {}
     for item in found:  # a teacher is evaluated beside each of its students
-        once.setdefault((item.kind, item.name, item.content.get("data")), item)
+        first = once.setdefault((item.kind, item.name, item.content.get("data")), item)
+        if item.kind == "evaluation":
+            first.content["scores"] = item.content["scores"] | first.content["scores"]
     for item in once.values():
         item.name = "/".join(names[item.name][shared:])
-    order = lambda item: METHODS.index(method_of(item.name)) if method_of(item.name) else len(METHODS)
-    return sorted(once.values(), key=order)
+        places.setdefault(Path(item.name).parent, len(places))
+    rank = lambda name: METHODS.index(method_of(name)) if method_of(name) else len(METHODS)
+    return sorted(once.values(), key=lambda item: (places[Path(item.name).parent], rank(item.name)))
 
 
 def read_results(path: Path) -> dict:
@@ -115,6 +120,13 @@ def figure_of(evaluations: Sequence[Found], metric: str) -> tuple[float, float, 
     if not values:
         return None
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, len(values)
+
+
+def tested(trainings: Sequence[Found], evaluations: Iterable[Found]) -> dict[str, list[Found]]:
+    """The evaluations on the set that these runs are tested with, by name."""
+    settings = trainings[0].content if trainings else {}
+    data = settings.get("test_data") or settings.get("data")
+    return grouped(item for item in evaluations if item.content["data"] == data)
 
 
 def shown(figure: tuple[float, float, int] | None, spread: bool = True) -> str:
@@ -207,7 +219,7 @@ def plain(value) -> str:
 
 def comparison(trainings: list[Found], evaluations: list[Found]) -> list[Table]:
     """Runs of MiniLLM whose flags differ, as an ablation; sixteen pairs of divergence and source as a square."""
-    flags, results = differing(trainings), grouped(evaluations)
+    flags, results = differing(trainings), tested(trainings, evaluations)
     runs = {name: group for name, group in grouped(trainings).items() if name in results}
     metrics = [metric for metric in METRICS if any(figure_of(results[name], metric) for name in runs)]
     if len(runs) < 2 or not flags:
@@ -390,7 +402,7 @@ def length_figure(evaluations: list[Found]) -> list[Figure]:
 
 def sweep_figure(trainings: list[Found], evaluations: list[Found]) -> list[Figure]:
     """Where runs differ in alpha alone, or in the teacher alone: Figures 16 and 5."""
-    results, flags = grouped(evaluations), set(differing(trainings))
+    results, flags = tested(trainings, evaluations), set(differing(trainings))
     metric = "valid" if any("valid" in item.content["scores"] for item in evaluations) else "rouge_l"
     if flags == {"mix_alpha"}:
         place = lambda item: (item.content["mix_alpha"], f"{item.content['mix_alpha']:g}")

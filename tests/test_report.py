@@ -30,7 +30,7 @@ def evaluation(folder, model, data="tiny", rouge=(1.0, 3.0), parameters=5, **sco
 def training(folder, out, **flags):
     """A run of phase 2 with its evaluation."""
     (folder / "minillm").mkdir(parents=True)
-    settings = {"command": "python distill.py", "out": out, "seed": 1, "teacher": "p", "mix_alpha": 0.2,
+    settings = {"command": "python distill.py", "out": out, "seed": 1, "teacher": "p", "data": "tiny", "mix_alpha": 0.2,
                 "long_term": True, "divergence": "reverse", "source": "mixed"}
     (folder / "minillm" / "run.json").write_text(json.dumps(settings | flags))
     lines = [{"step": 0, "valid": {"valid": 10.0}}] + [{"step": n, "reverse_kl": 5.0 / n} for n in range(1, 9)]
@@ -58,6 +58,21 @@ def test_runs_are_grouped_over_seeds_and_told_by_what_differs(tmp_path):
     (figure,) = report.sweep_figure(runs, results)
     assert figure.file == "alpha" and "Figure 16" in figure.about
     assert report.sweep_figure(runs[:1], results) == []
+
+
+def test_two_evaluations_of_one_model_are_one_row(tmp_path):
+    """Of another set nothing is mixed in; of the same set, what the second measured besides is added."""
+    run_of(tmp_path, 1, "start", 90.0)
+    run_of(tmp_path, 1, "other", 80.0, gamma=0.5)
+    evaluation(tmp_path / "text", "out/seed-1/start/minillm", text_loss=[1.25], valid=[0.0])
+    evaluation(tmp_path / "vicuna", "out/seed-1/start/minillm", "vicuna", valid=[0.0])
+    found = find([str(tmp_path)])
+    evaluations = [f for f in found if f.kind == "evaluation"]
+    assert len(evaluations) == 3
+    (table,) = comparison([f for f in found if f.kind == "training"], evaluations)
+    rows = {row[0]: dict(zip(table.header, row)) for row in table.rows}
+    assert rows["start/minillm"]["text_loss"] == "1.25" and rows["other/minillm"]["text_loss"] == ""
+    assert rows["start/minillm"]["valid"] == "90.00" and rows["start/minillm"]["runs"] == "1"
 
 
 def test_spread_is_over_runs_or_over_the_seeds_of_a_single_one(tmp_path):
