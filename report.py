@@ -141,6 +141,12 @@ def method_of(name: str) -> str | None:
     return match[1] if match else None
 
 
+def sft_of(name: str) -> str | None:
+    """The name, in small letters, that the SFT of this size has: beside sft-gpt2-340m stands kd-gpt2-340m."""
+    method = method_of(name)
+    return re.sub(rf"(^|/){method}(-gpt2[^/]*)?$", r"\1sft\2", name.lower()) if method else None
+
+
 def of_paper(item: Found, score: bool = False) -> float | None:
     """Table 1's figure for this model, method and set: Rouge-L, or GPT-4's score."""
     row = TABLE_1.get((SIZES.get(item.content.get("parameters")), method_of(item.name)))
@@ -194,6 +200,21 @@ def result_tables(evaluations: list[Found]) -> list[Table]:
     return tables
 
 
+def summary_table(evaluations: list[Found]) -> list[Table]:
+    """Rouge-L of each model on each set, as Table 1 is arranged; of a single set there is no more to say."""
+    sets = {name: grouped(items) for name, items in by_data(evaluations).items()}
+    rows = []
+    for label in grouped(evaluations) if len(sets) > 1 else ():
+        cells = []
+        for groups in sets.values():
+            group = groups.get(label, [])
+            theirs = of_paper(group[0]) if group else None
+            cells.append(shown(figure_of(group, "rouge_l")) + (f" ({theirs:.1f})" if theirs is not None else ""))
+        rows.append([label, *cells])
+    return [Table("Rouge-L", "In brackets the paper's Table 1, where it has this model.", ["model", *sets],
+                  rows)] if rows else []
+
+
 def by_data(items: Iterable[Found]) -> dict[str, list[Found]]:
     sets = {}
     for item in items:
@@ -206,9 +227,8 @@ NOT_COMPARED = {"out", "seed", "command", "resume", "device", "log_every", "base
 
 def differing(trainings: list[Found]) -> list[str]:
     """The flags in which the groups of runs differ, but for their seeds and folders."""
-    known = {name for item in trainings for name in item.content} - NOT_COMPARED
-    values = lambda name: {plain(item.content.get(name)) for item in trainings}
-    return sorted((name for name in known if len(values(name)) > 1), key=list(trainings[0].content).index)
+    known = dict.fromkeys(name for item in trainings for name in item.content if name not in NOT_COMPARED)
+    return [name for name in known if len({plain(item.content.get(name)) for item in trainings}) > 1]
 
 
 def plain(value) -> str:
@@ -254,7 +274,8 @@ def judge_table(items: list[Found]) -> list[Table]:
         if c["kind"] == "reference":
             verdict = f"{c['score']:.1f} ({c['interval'][0]:.1f} to {c['interval'][1]:.1f})"
         else:
-            verdict = f"win {c['win']:.1f}, tie {c['tie']:.1f}, loss {c['loss']:.1f} against {c['given']['against']}"
+            shares = ", ".join(f"{name} {c[name]['percent']:.1f}" for name in ("win", "tie", "loss"))
+            verdict = f"{shares} against {c['given']['against']}"
         rows.append([item.name, c["given"]["judge"], verdict, str(c["judged"]), str(c["unscored"])])
     return [Table("Judged", "100 x marks of the answers / marks of the references, and a 95% interval over prompts; or "
                   "percent of comparisons.", ["answers", "judge", "score", "judged", "unscored"], rows)]
@@ -294,8 +315,9 @@ def draw(title: str, about: str, file: str, items: Sequence[Found], paint: Calla
         axis.set_visible(False)
     labels = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
     if labels:
-        canvas.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=min(4, len(labels)),
-                      frameon=False, handlelength=3.5)
+        room = int(10 * canvas.get_figwidth() / (max(map(len, labels)) + 8))
+        canvas.legend(labels.values(), labels.keys(), loc="outside lower center", frameon=False, handlelength=3.5,
+                      ncols=max(1, min(4, room, len(labels))))
     png = io.BytesIO()
     canvas.savefig(png, format="png", dpi=130)
     commands = [*dict.fromkeys(item.content["command"] for item in items)]
@@ -378,14 +400,16 @@ def length_figure(evaluations: list[Found]) -> list[Figure]:
                 of = [i.content["rouge_l_by_length"][bucket]["mean"] for i in group
                       if bucket in i.content["rouge_l_by_length"]]
                 means[label][bucket] = float(np.mean(of))
-        base = next((label for label in groups if method_of(label) == "sft"), None)
         buckets = [*dict.fromkeys(bucket for of in means.values() for bucket in of)]
-        lines = {label: [of.get(b, np.nan) - (means[base].get(b, np.nan) if base else 0) for b in buckets]
-                 for label, of in means.items() if label != base}
+        known = {label.lower(): label for label in groups}
+        base = {label: known.get(sft_of(label)) for label in groups}  # the SFT of the same size
+        less = any(base.values())
+        lines = {label: [of.get(b, np.nan) - (means[base[label]].get(b, np.nan) if less else 0) for b in buckets]
+                 for label, of in means.items() if base[label] != label and (base[label] or not less)}
         if len(buckets) < 2 or not lines:
             continue
 
-        def paint(axes, lines=lines, buckets=buckets, base=base) -> None:
+        def paint(axes, lines=lines, buckets=buckets, less=less) -> None:
             for n, ((label, values), (color, _)) in enumerate(zip(lines.items(), STYLES)):
                 axes[0].bar(np.arange(len(buckets)) + 0.8 * (n + 0.5) / len(lines) - 0.4, values, 0.75 / len(lines),
                             color=color, label=label, edgecolor="black", linewidth=0.4,
@@ -393,7 +417,7 @@ def length_figure(evaluations: list[Found]) -> list[Figure]:
             axes[0].axhline(0, color="black", linewidth=0.8)
             axes[0].set_xticks(range(len(buckets)), buckets)
             axes[0].set_xlabel("tokens of the reference")
-            axes[0].set_ylabel("Rouge-L" + " less that of SFT" * bool(base))
+            axes[0].set_ylabel("Rouge-L" + " less that of SFT" * less)
 
         figures.append(draw(f"Rouge-L by length, {data}", "Figure 7: groups by the length of the reference.",
                             f"length-{Path(data).stem}", items, paint))
@@ -511,7 +535,7 @@ def main(cfg: Config) -> None:
     found = find(cfg.folders)
     kinds = ("evaluation", "training", "exposure", "calibration", "judge")
     evaluations, trainings, exposures, calibrations, judged = ([f for f in found if f.kind == kind] for kind in kinds)
-    tables = [*result_tables(evaluations), *comparison(trainings, evaluations)]
+    tables = [*summary_table(evaluations), *result_tables(evaluations), *comparison(trainings, evaluations)]
     tables += calibration_table(calibrations) if calibrations else []
     tables += judge_table(judged) if judged else []
     figures = [*sweep_figure(trainings, evaluations), *training_figure(trainings, cfg.smooth)]

@@ -89,6 +89,7 @@ def test_the_papers_figure_stands_beside_the_same_model_and_set(tmp_path):
     evaluation(tmp_path / "b", "out/gpt2-xl-to-gpt2/minillm", "dolly", (20.0, 20.0), 124_439_808)
     evaluation(tmp_path / "c", "out/other/minillm", "dolly", (20.0, 20.0), 1234)
     evaluation(tmp_path / "d", "MiniLLM/teacher-gpt2-1.5B", "sinst", (27.6, 27.6), 1_557_611_200)
+    report.main(report.Config((str(tmp_path),), out=str(tmp_path / "report")))  # without any training
     dolly, sinst = result_tables(find([str(tmp_path)]))
     column = dolly.header.index("paper's rouge_l")
     beside = {row[0]: row[column : column + 2] for row in dolly.rows}
@@ -158,3 +159,22 @@ def test_folders_that_hold_nothing(tmp_path):
     refused(lambda: find([str(tmp_path)]), "no results in it")
     (tmp_path / "results.json").write_text("{")
     refused(lambda: find([str(tmp_path)]), "results.json is not JSON")
+
+
+def test_lengths_are_compared_with_the_sft_of_the_same_size(tmp_path):
+    assert report.sft_of("KD-gpt2-340M") == "sft-gpt2-340m" and report.sft_of("start/seqkd") == "start/sft"
+    assert report.sft_of("start/init") == "start/sft" and report.sft_of("some/model") is None
+    for n, name in enumerate(("SFT-gpt2-120M", "KD-gpt2-120M", "MiniLLM-gpt2-340M")):
+        evaluation(tmp_path / name, f"MiniLLM/{name}", "dolly", (float(n), 1.0))
+    (figure,) = report.length_figure(find([str(tmp_path)]))
+    assert figure.file == "length-dolly"
+
+
+def test_several_sets_in_one_table(tmp_path):
+    evaluation(tmp_path / "a" / "dolly", "MiniLLM/SFT-gpt2-120M", "dolly", (23.0, 24.0), 124_439_808)
+    evaluation(tmp_path / "a" / "uinst", "MiniLLM/SFT-gpt2-120M", "uinst", (18.0, 18.0), 124_439_808)
+    evaluation(tmp_path / "b" / "dolly", "MiniLLM/KD-gpt2-120M", "dolly", (20.0, 20.0), 7)
+    (table,) = report.summary_table(find([str(tmp_path)]))
+    assert table.header == ["model", "dolly", "uinst"]
+    assert table.rows == [["SFT-gpt2-120M", "23.50 ± 0.71 (23.3)", "18.00 ± 0.00 (18.5)"],
+                          ["KD-gpt2-120M", "20.00 ± 0.00", ""]]
