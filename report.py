@@ -86,7 +86,7 @@ def find(folders: Iterable[str]) -> list[Found]:
         shared += 1
     once, places = {}, {}
     for item in found:  # a teacher is evaluated beside each of its students
-        first = once.setdefault((item.kind, item.name, item.content.get("data")), item)
+        first = once.setdefault((item.path.name, item.name, item.content.get("data")), item)
         if item.kind == "evaluation":
             first.content["scores"] = item.content["scores"] | first.content["scores"]
     for item in once.values():

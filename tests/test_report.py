@@ -178,3 +178,26 @@ def test_several_sets_in_one_table(tmp_path):
     assert table.header == ["model", "dolly", "uinst"]
     assert table.rows == [["SFT-gpt2-120M", "23.50 ± 0.71 (23.3)", "18.00 ± 0.00 (18.5)"],
                           ["KD-gpt2-120M", "20.00 ± 0.00", ""]]
+
+
+def test_judgements_are_read_as_they_are_written(tmp_path):
+    given = {"answers": "out/a/dolly", "against": None, "judge": "gpt-4"}
+    common = {"command": "python judge.py", "judged": 5, "unscored": 1}
+    (tmp_path / "judge.json").write_text(json.dumps(common | {
+        "given": given, "kind": "reference", "score": 44.72, "interval": [40.0, 50.0]}))
+    (tmp_path / "judge-against-b.json").write_text(json.dumps(common | {
+        "given": given | {"against": "out/b/dolly"}, "kind": "pairwise", "win": {"percent": 60.0},
+        "tie": {"percent": 10.0}, "loss": {"percent": 30.0}}))
+    (table,) = report.judge_table(find([str(tmp_path)]))
+    assert [row[2] for row in table.rows] == ["win 60.0, tie 10.0, loss 30.0 against out/b/dolly",
+                                              "44.7 (40.0 to 50.0)"]
+
+
+def test_calibration_is_read_as_it_is_written(tmp_path):
+    import calibration
+    r = calibration.measure(np.array([[0.3, 0.7], [0.9, 0.1], [0.6, 0.4]]), np.array([1, 0, 1]), bins=5)
+    (tmp_path / "calibration.json").write_text(json.dumps({
+        "command": "python calibration.py", "given": {"model": "a/m"}, "tasks": {"boolq": r}}))
+    found = find([str(tmp_path)])
+    assert report.calibration_table(found)[0].rows == [["m", "boolq", "66.7", "66.7", "0.333"]]
+    assert report.reliability_figure(found)[0].file == "reliability"
