@@ -16,7 +16,9 @@ import difflib
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -26,10 +28,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 
 class UserError(ValueError):
     """A mistake in flags, files or names. The message says what was given and what to do."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM has ended the run where nothing is lost. The message says what there is to go on with."""
+
+    def __init__(self, signum: int, message: str = "stopped"):
+        super().__init__(f"{message} ({signal.Signals(signum).name})")
+        self.signum = signum
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
@@ -116,8 +127,13 @@ def check(cfg, **ranges: tuple[float, float]) -> None:
 def run(main: Callable, Config: type, presets: Callable[[dict], dict] | None = None) -> None:
     """What stands under `if __name__ == "__main__"`: flags in, main, mistakes out in one line with exit code 2."""
     cfg = parse(Config, sys.argv[1:], presets)
+    signal.signal(signal.SIGTERM, stop_now)
     try:
         main(cfg)
+    except (Stopped, KeyboardInterrupt) as stop:
+        stop = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
+        print(f"{os.path.basename(sys.argv[0])}: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.signum)
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("MINILLM_DEBUG"):
             raise
@@ -128,6 +144,43 @@ def run(main: Callable, Config: type, presets: Callable[[dict], dict] | None = N
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def stop_now(signum: int, frame) -> typing.NoReturn:
+    raise Stopped(signum)
+
+
+class Stop:
+    """Within it SIGINT and SIGTERM are noted, for a loop to act upon where nothing is lost; a second one ends the run
+    at once. Python hears of signals in its main thread alone, so elsewhere nothing changes."""
+
+    def __init__(self, when: str):
+        self.when, self.signum = when, 0
+
+    def __enter__(self) -> "Stop":
+        self.main = threading.current_thread() is threading.main_thread()
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM) if self.main}
+        return self
+
+    def note(self, signum: int, frame) -> None:
+        if self.signum:
+            stop_now(signum, frame)
+        self.signum = signum
+        print(f"{signal.Signals(signum).name}: will stop {self.when}; a second one stops at once, and loses more",
+              file=sys.stderr, flush=True)
+
+    def asked(self, m: "Machine") -> bool:
+        """Whether any process has been asked to stop; all hear the same."""
+        signum = torch.tensor(self.signum, device=m.device)
+        m.max(signum)
+        self.signum = int(signum)
+        return self.signum > 0
+
+    def __exit__(self, kind, error, trace) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+        if self.signum and kind is None:  # the loop came to its end first
+            raise Stopped(self.signum)
 
 
 def command() -> str:
@@ -250,6 +303,24 @@ def written_aside(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other runs from writing into a folder. The lock, a file beside it, ends with the process, however it ends.
+
+    Raises UserError if another run holds it."""
+    lock = FileLock(f"{folder}.lock")
+    if int(os.environ.get("RANK", 0)) == 0:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{folder}: another run is writing there; wait for it, or choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_json(path: Path) -> dict:

@@ -26,7 +26,22 @@ import eval as evaluation
 import plan as planning
 import sample as sampling
 import teacher as supervised
-from config import Machine, UserError, check, clock, flag, machine, make, read_json, run, write_json, write_lines
+from config import (
+    Machine,
+    Stop,
+    Stopped,
+    UserError,
+    check,
+    clock,
+    flag,
+    held,
+    machine,
+    make,
+    read_json,
+    run,
+    write_json,
+    write_lines,
+)
 from model import GPT, by_chunks, frozen, is_shape, load, predicting, same_vocabulary, trained
 from sample import Rollout, follow, mix, sample, taken, uniforms
 
@@ -306,8 +321,9 @@ def minibatches(rollouts: int, minibatch: int, seed: tuple[int, ...]) -> list[li
     return np.random.default_rng(seed).permuted(columns, axis=0).tolist()
 
 
-def distil(cfg: Config) -> dict:
-    """Phase 2: the student, phase 1 behind it, learns from the teacher. The result is a model folder, OUT/minillm."""
+def distil(cfg: Config, stop: Stop | None = None) -> dict:
+    """Phase 2: the student, phase 1 behind it, learns from the teacher. The result is a model folder, OUT/minillm.
+    Asked to stop, it learns from the answers at hand first: a state holds no answers."""
     m, out = machine(cfg.device, cfg.dtype, cfg.vocab_chunk, cfg.capture), Path(cfg.out) / "minillm"
 
     # 1 what is there already
@@ -347,6 +363,11 @@ def distil(cfg: Config) -> dict:
                 supervised.save_state(out, student, optimizer, scaler, step, best)
         if step == cfg.steps:
             break
+        if stop and stop.asked(m):
+            if m.rank == 0:
+                supervised.save_state(out, student, optimizer, scaler, step, best)
+            m.barrier()  # saved, before any process ends
+            raise Stopped(stop.signum, f"{out}: stopped and saved after update {step}; --resume goes on")
 
         # 4 sample answers from the mixture p~: S of Algorithm 1
         started, collection = time.perf_counter(), step * cfg.minibatch // (cfg.rollouts * cfg.inner_epochs)
@@ -503,6 +524,12 @@ def answer_once(cfg: sampling.Config) -> None:
 
 
 def main(cfg: Config) -> list[dict]:
+    with held(Path(cfg.out)):
+        return run_stages(cfg)
+
+
+def run_stages(cfg: Config) -> list[dict]:
+    """The plan, every stage that is not finished, and the evaluation of all models that were made."""
     m, out = machine(cfg.device, cfg.dtype, cfg.vocab_chunk, cfg.capture), Path(cfg.out)
     what = f"{cfg.teacher} teaches {cfg.student} {cfg.data}, in {out}"
     work, cfg = stages(cfg)
@@ -516,7 +543,8 @@ def main(cfg: Config) -> list[dict]:
         began = time.perf_counter()
         stage(settings)
         m.say(f"-- {name}: {clock(time.perf_counter() - began)}\n")
-    distil(cfg)
+    with Stop("once these answers are learned from") as stop:
+        distil(cfg, stop)
 
     # every model that this run has made, on rows that none has seen
     made = {"teacher": cfg.teacher, "init": cfg.student}

@@ -24,7 +24,22 @@ import torch
 from torch import Tensor
 
 import data
-from config import Machine, UserError, check, clock, command, flag, machine, read_json, run, write_json, written_aside
+from config import (
+    Machine,
+    Stop,
+    Stopped,
+    UserError,
+    check,
+    clock,
+    command,
+    flag,
+    held,
+    machine,
+    read_json,
+    run,
+    write_json,
+    written_aside,
+)
 from data import Example
 from eval import evaluate, held_out_loss
 from model import (
@@ -267,6 +282,12 @@ def presets(given: dict) -> dict:
 
 
 def main(cfg: Config) -> dict:
+    with held(Path(cfg.out)), Stop("after this update") as stop:
+        return train(cfg, stop)
+
+
+def train(cfg: Config, stop: Stop) -> dict:
+    """Trains a model on instructions or on plain text; the result is a model folder, OUT."""
     m, out = machine(cfg.device, cfg.dtype, cfg.vocab_chunk), Path(cfg.out)
 
     # 1 what is there already
@@ -337,7 +358,8 @@ def main(cfg: Config) -> dict:
             line["valid"], _ = validate(model.eval(), tokenizer, valid, m, cfg, teacher)
             best = keep_best(model, tokenizer, out, m, cfg.select, line["valid"] | {"step": step}, best)
         log(out, m, line)
-        if step in eval_steps and m.rank == 0:
+        stopped = stop.asked(m)
+        if (step in eval_steps or stopped) and m.rank == 0:
             save_state(out, model, optimizer, scaler, step, best)
         if step % cfg.log_every == 0 or step in eval_steps:
             left = (time.perf_counter() - began) / (step - first) * (updates - step)
@@ -345,6 +367,9 @@ def main(cfg: Config) -> dict:
                             if name in ("loss", "rouge_l", "reverse_kl", "valid"))
             m.say(f"{out.name} {step}/{updates}  loss {line['loss']:.3f}  norm {norm:.2f}  lr {rate:.1e}  "
                   f"left {clock(left)}" + f"  | validation:{shown}" * bool(shown))
+        if stopped:
+            m.barrier()  # saved, before any process ends
+            raise Stopped(stop.signum, f"{out}: stopped and saved after update {step}; --resume goes on")
     return finish(out, m, {"updates": updates, "lr": lr, "best": best})
 
 
