@@ -314,6 +314,35 @@ def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], m: Mach
     return student_logp, apart, kl.detach(), mask
 
 
+def accumulate(micro_batch: int, student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], advantage: Tensor,
+               pieces: list[data.Example], divisor: float, pt_divisor: float, cfg: Config, m: Machine,
+               scaler: torch.amp.GradScaler) -> tuple[dict, Tensor]:
+    """Adds to the student's gradient that of Eq. (7) over some rows of a rollout, and that of L_PT over pieces of plain
+    text, `micro_batch` at a time. Returns the sums over tokens of what is logged, and the largest weight."""
+    names = ("loss_single", "loss_long", "loss_pt", "reverse_kl", "weight", "clipped", "gap")
+    sums, weight_max = dict.fromkeys(names, 0.0), torch.zeros((), device=m.device)
+    for at in range(0, len(rows), micro_batch):
+        micro = rows[at : at + micro_batch]
+        student_logp, apart, kl, micro_mask = score(student, teacher, rollout, micro, m, cfg.divergence)
+        cut = slice(micro_mask.size(1))
+        old_logp, mixed_logp = rollout.student_logp[micro, cut], rollout.mixed_logp[micro, cut]
+        loss_single, loss_long, weight, clipped = minillm_loss(
+            student_logp, apart, old_logp, mixed_logp, advantage[micro, cut], micro_mask, cfg.weight,
+            cfg.weight_single, cfg.clip_eps)  # Eq. (7)
+        loss = (cfg.single_step * loss_single + cfg.long_term * loss_long).sum() / divisor
+        scaler.scale(loss).backward()
+        gap = (student_logp - old_logp).abs()
+        for name, values in zip(names, (loss_single, loss_long, None, kl, weight, clipped, gap)):
+            sums[name] = sums[name] + (0.0 if values is None else values.detach().sum())
+        weight_max = torch.maximum(weight_max, weight.max())
+    for at in range(0, len(pieces), micro_batch):
+        micro = pieces[at : at + micro_batch]
+        _, loss = supervised.answer_loss(student, micro, m, teacher if cfg.pt_kd else None, cfg.pt_kd)  # L_PT
+        scaler.scale(cfg.pt_coef * loss / pt_divisor).backward()
+        sums["loss_pt"] = sums["loss_pt"] + loss.detach()
+    return sums, weight_max
+
+
 def minibatches(rollouts: int, minibatch: int, seed: tuple[int, ...]) -> list[list[int]]:
     """One inner epoch: every answer once, and in each minibatch one of every column i % minibatch. A process owns
     columns, so it has its share of each minibatch, and the minibatches are the same for any number of processes."""
@@ -345,6 +374,7 @@ def distil(cfg: Config, stop: Stop | None = None) -> dict:
     mine = [i for i in range(cfg.rollouts) if i % cfg.minibatch % m.world == m.rank]  # the answers of this process
     place = {i: n for n, i in enumerate(mine)}
     began, first, validated = time.perf_counter(), step, step if best else -1  # a state is saved once it is validated
+    micro_batch = cfg.micro_batch  # less once memory did not suffice
 
     while True:
         # 3 validate, keep the best, save
@@ -403,35 +433,16 @@ def distil(cfg: Config, stop: Stop | None = None) -> dict:
             by_token = cfg.normalize == "token"
             divisor = tokens if by_token else cfg.minibatch
             pt_divisor = cfg.minibatch * (corpus.length - 1 if by_token and corpus else 1)
-            names = ("loss_single", "loss_long", "loss_pt", "reverse_kl", "weight", "clipped", "gap")
-            sums, weight_max = dict.fromkeys(names, 0.0), torch.zeros((), device=m.device)
-            rows = sorted((i for i in batch if i in place), key=lambda i: -lengths[i])
-            for at in range(0, len(rows), cfg.micro_batch):
-                micro = [place[i] for i in rows[at : at + cfg.micro_batch]]
-                student_logp, apart, kl, micro_mask = score(student, teacher, rollout, micro, m, cfg.divergence)
-                cut = slice(micro_mask.size(1))
-                old_logp, mixed_logp = rollout.student_logp[micro, cut], rollout.mixed_logp[micro, cut]
-                loss_single, loss_long, weight, clipped = minillm_loss(
-                    student_logp, apart, old_logp, mixed_logp, advantage[micro, cut], micro_mask, cfg.weight,
-                    cfg.weight_single, cfg.clip_eps)  # Eq. (7)
-                loss = (cfg.single_step * loss_single + cfg.long_term * loss_long).sum() / divisor
-                scaler.scale(loss).backward()
-                gap = (student_logp - old_logp).abs()
-                for name, values in zip(names, (loss_single, loss_long, None, kl, weight, clipped, gap)):
-                    sums[name] = sums[name] + (0.0 if values is None else values.detach().sum())
-                weight_max = torch.maximum(weight_max, weight.max())
+            rows = [place[i] for i in sorted((i for i in batch if i in place), key=lambda i: -lengths[i])]
             pieces = data.picks(step * cfg.minibatch, cfg.minibatch, len(corpus), cfg.seed) if corpus else []
-            pieces = pieces[m.rank :: m.world]
-            for at in range(0, len(pieces), cfg.micro_batch):
-                micro = [corpus[i] for i in pieces[at : at + cfg.micro_batch]]
-                _, loss = supervised.answer_loss(student, micro, m, teacher if cfg.pt_kd else None, cfg.pt_kd)  # L_PT
-                scaler.scale(cfg.pt_coef * loss / pt_divisor).backward()
-                sums["loss_pt"] = sums["loss_pt"] + loss.detach()
+            pieces = [corpus[i] for i in pieces[m.rank :: m.world]]
+            parts = (student, teacher, rollout, rows, advantage, pieces, divisor, pt_divisor, cfg, m, scaler)
+            (sums, weight_max), micro_batch = supervised.fitting(accumulate, micro_batch, student, *parts)
             totals = torch.stack([torch.as_tensor(value, device=m.device).float() for value in sums.values()])
             m.sum(totals)
             m.max(weight_max)
-            sums = dict(zip(names, totals.tolist()))
-            for name in names[:3]:
+            sums = dict(zip(sums, totals.tolist()))
+            for name in ("loss_single", "loss_long", "loss_pt"):
                 if not math.isfinite(sums[name]):
                     raise UserError(f"{out}: stopped at update {step + 1}: {name} is {sums[name]}")
             lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))

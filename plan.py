@@ -207,11 +207,16 @@ class Draft:
 
     def shape(self, name: str) -> tuple[GPTConfig, Measured]:
         config, cfg = self.config(name), self.cfg
-        if config.n_embd not in self.costs:
-            slow = self.m.device.type == "cpu" and config.n_embd > 256
-            self.costs[config.n_embd] = measure(
-                config, self.m, min(cfg.micro_batch, 2) if slow else cfg.micro_batch,
-                round(self.tokens - self.answer_tokens), round(self.answer_tokens), cfg.sample_batch)
+        slow = self.m.device.type == "cpu" and config.n_embd > 256
+        rows, lengths = min(cfg.micro_batch, 2) if slow else cfg.micro_batch, (self.tokens, self.answer_tokens)
+        while config.n_embd not in self.costs:
+            try:
+                self.costs[config.n_embd] = measure(config, self.m, rows, round(lengths[0] - lengths[1]),
+                                                    round(lengths[1]), cfg.sample_batch)
+            except torch.OutOfMemoryError:  # so will the run do
+                if rows == 1:
+                    raise
+            rows = max(1, rows // 2)
         return config, self.costs[config.n_embd]
 
     def decode(self, names: list[str], answers: float) -> float:

@@ -235,20 +235,31 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
     look_every = 16 if device.type == "cuda" else 1  # asking which rows have ended waits for the device
     order = sorted(range(B), key=lambda row: -len(prompts[row]))  # longest first: memory is asked for once
     bar = tqdm(total=B, desc=progress, unit=" answers", leave=False, delay=2, disable=not progress or m.rank > 0)
-    for at in range(0, B, batch_size):
-        batch = order[at : at + batch_size]
-        decoder = Decoder([student, teacher] if teacher else [student], batch, rollout, length, uniform, m, draw_from,
-                          no_repeat_ngram)
-        for t in range(T):
-            before = decoder.done.tolist() if on_token else []
-            decoder.advance(t)
-            if on_token:
-                for row, ended, token in zip(decoder.rows.tolist(), before, decoder.tokens.squeeze(1).tolist()):
-                    ended or on_token(row, token)
-            if (t + 1) % look_every == 0 and not decoder.keep_alive():
-                break
-        del decoder  # its caches, before there are others
-        bar.update(len(batch))
+    while order:
+        batch, fits = order[:batch_size], True
+        try:
+            decoder = Decoder([student, teacher] if teacher else [student], batch, rollout, length, uniform, m,
+                              draw_from, no_repeat_ngram)
+            for t in range(T):
+                before = decoder.done.tolist() if on_token else []
+                decoder.advance(t)
+                if on_token:
+                    for row, ended, token in zip(decoder.rows.tolist(), before, decoder.tokens.squeeze(1).tolist()):
+                        ended or on_token(row, token)
+                if (t + 1) % look_every == 0 and not decoder.keep_alive():
+                    break
+        except torch.OutOfMemoryError:
+            if len(batch) == 1 or on_token:  # what was heard of cannot be said again
+                raise
+            fits = False
+        decoder = None  # its caches go, before there are others
+        if fits:
+            order = order[len(batch) :]
+            bar.update(len(batch))
+        else:  # an answer does not depend on its company
+            torch.cuda.empty_cache()
+            batch_size = len(batch) // 2
+            print(f"out of memory: {len(batch)} answers were too many to decode together, {batch_size} are tried")
     bar.close()
     rollout.response_mask = torch.arange(T, device=device) < length[:, None]  # (B, T)
     for name in ("response", "student_logp", "mixed_logp", "teacher_logp", "reverse_kl"):

@@ -14,7 +14,7 @@ Left out: the paper's search over learning rates (give --lr); LoRA; ZeRO and FSD
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -151,6 +151,18 @@ def answer_loss(model: GPT, batch: Sequence[Example], m: Machine, teacher: GPT |
     return gold.detach().sum(), loss.sum()
 
 
+def accumulate(micro_batch: int, batch: Sequence[Example], count: int, seed: int, model: GPT, teacher: GPT | None,
+               cfg: Config, m: Machine, scaler: torch.amp.GradScaler) -> Tensor:
+    """Adds the gradient of a batch's loss, `micro_batch` samples at a time; both sums of answer_loss over `count`."""
+    torch.manual_seed(seed)
+    totals = torch.zeros(2, device=m.device)
+    for at in range(0, len(batch), micro_batch):
+        gold, loss = answer_loss(model, batch[at : at + micro_batch], m, teacher, cfg.kd_ratio)
+        scaler.scale(loss / count).backward()
+        totals += torch.stack([gold, loss.detach()]) / count
+    return totals
+
+
 # ---- an update, and what is kept between updates: distill.py's too --------------------------------------------------
 
 def optimizer_of(model: GPT, m: Machine, betas: tuple[float, float],
@@ -180,6 +192,21 @@ def apply_update(model: GPT, optimizer: torch.optim.AdamW, scaler: torch.amp.Gra
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def fitting(function: Callable, micro_batch: int, model: GPT, *rest) -> tuple:
+    """function(micro_batch, *rest), which fills the gradients of a model; begun anew with half the micro-batch for as
+    long as the GPU's memory does not suffice. Returns its result, and the micro-batch that did."""
+    while True:
+        try:
+            return function(micro_batch, *rest), micro_batch
+        except torch.OutOfMemoryError:
+            if micro_batch == 1:
+                raise
+        model.zero_grad(set_to_none=True)  # behind the handler, which holds on to the failed pass's tensors
+        torch.cuda.empty_cache()
+        print(f"out of memory: --micro_batch={micro_batch} is {micro_batch // 2} from here on; the batch is the same")
+        micro_batch //= 2
 
 
 def begin(out: Path, cfg, free: set[str], m: Machine) -> bool:
@@ -325,21 +352,17 @@ def train(cfg: Config, stop: Stop) -> dict:
     step, best = load_state(out, cfg, model, optimizer, scaler, m)
     m.say(f"{out}: {cfg.model}, {model.config.parameters:,} parameters, {updates:,} updates of {cfg.batch_size} at "
           f"{lr:g}, on {m.device} in {str(m.dtype)[6:]}" + f", from update {step} on" * (step > 0))
-    began, first = time.perf_counter(), step
+    began, first, micro_batch = time.perf_counter(), step, cfg.micro_batch  # less once memory did not suffice
 
     while step < updates:
         # 4 one update
         model.train()
-        torch.manual_seed(hash((cfg.seed, step, m.rank)) % 2**63)  # of dropout
         batch = [train[i] for i in data.picks(step * cfg.batch_size, cfg.batch_size, len(train), cfg.seed)]
         count = sum(len(e.response) for e in batch)  # of the whole batch, whoever works on it
         batch = sorted(batch, key=lambda e: -len(e.prompt) - len(e.response))[m.rank :: m.world]
-        totals = torch.zeros(2, device=m.device)
-        for at in range(0, len(batch), cfg.micro_batch):
-            micro = batch[at : at + cfg.micro_batch]
-            gold, loss = answer_loss(model, micro, m, teacher, cfg.kd_ratio)
-            scaler.scale(loss / count).backward()
-            totals += torch.stack([gold, loss.detach()]) / count
+        seed = hash((cfg.seed, step, m.rank)) % 2**63  # of dropout
+        totals, micro_batch = fitting(accumulate, micro_batch, model, batch, count, seed, model, teacher, cfg, m,
+                                      scaler)
         m.sum(totals)
         if not totals.isfinite().all():
             raise UserError(f"{out}: stopped at update {step + 1}: the loss is {totals[1].item():g}; --resume with the "

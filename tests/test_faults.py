@@ -3,6 +3,7 @@
 MINILLM_KILLS=50 pytest tests/test_faults.py kills fifty times instead of three."""
 
 import dataclasses
+import json
 import os
 import random
 import signal
@@ -10,12 +11,14 @@ import time
 
 import pytest
 import torch
-from conftest import refused, weights
+from conftest import random_gpt, refused, weights
 
 import config
 import distill
 import teacher as supervised
 from config import Stopped, held
+from model import KVCache
+from sample import sample, uniforms
 
 KILLS = int(os.environ.get("MINILLM_KILLS", 3))
 # every stage of the built-in world at a few updates
@@ -144,3 +147,51 @@ def test_killed_at_any_moment(small, tmp_path, capfd):
         for file in ("answers.jsonl", "minillm/samples.jsonl", "test/minillm/samples.jsonl"):
             assert (out / file).read_text() == (tmp_path / "whole" / file).read_text()
         assert not list(out.rglob("state.pt"))
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+def test_out_of_memory_halves_the_micro_batch_and_changes_no_more(small, tmp_path, monkeypatch, capsys):
+    """In phase 2 and in a supervised stage: as if the GPU had room for two samples at most."""
+    cfg = small(baselines="", out=str(tmp_path / "whole"))
+    distill.main(cfg)
+    forward, tried = supervised.GPT.forward, set()
+
+    def too_many(model, tokens, *more):
+        if torch.is_grad_enabled():
+            tried.add(len(tokens))
+            if len(tokens) > 2:
+                raise torch.OutOfMemoryError
+        return forward(model, tokens, *more)
+
+    monkeypatch.setattr(supervised.GPT, "forward", too_many)
+    distill.main(small(baselines=""))
+    said = capsys.readouterr().out
+    assert "--micro_batch=64 is 32 from here on" in said and said.count("out of memory") == 3 * 5
+    assert {1, 2} <= tried
+    for stage in ("teacher", "init", "minillm"):
+        logs = [(tmp_path / run / stage / "log.jsonl").read_text().splitlines() for run in ("whole", "run")]
+        for one, other in zip(*(map(json.loads, log) for log in logs), strict=True):
+            for name in one.keys() & {"loss", "loss_single", "loss_long", "loss_pt", "reverse_kl", "grad_norm"}:
+                assert other[name] == pytest.approx(one[name], rel=2e-3, abs=1e-4), (stage, one["step"], name)
+    monkeypatch.setattr(supervised.GPT, "forward", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(torch.OutOfMemoryError):
+        distill.main(small(baselines="", out=str(tmp_path / "none")))
+
+
+def test_out_of_memory_while_sampling_changes_nothing(m, monkeypatch, capsys):
+    student, prompts = random_gpt(), [[1, 2, 3], [4], [5, 6], [7, 8, 9, 1, 2], [3, 3]]
+    draw = lambda **more: sample(student, prompts, uniforms(0, range(5), 12), m, **more)
+    whole, room = draw(), KVCache.__init__
+
+    def small_room(cache, config, batch, *more):
+        if batch > 1:
+            raise torch.OutOfMemoryError
+        room(cache, config, batch, *more)
+
+    monkeypatch.setattr(KVCache, "__init__", small_room)
+    rollout = draw()
+    assert rollout.answers == whole.answers and capsys.readouterr().out.count("out of memory") == 2
+    torch.testing.assert_close(rollout.student_logp, whole.student_logp, atol=1e-5, rtol=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(on_token=lambda row, token: None)
