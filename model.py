@@ -323,6 +323,11 @@ def missing(name: str, what: str) -> UserError:
     return UserError(f"{name}: this {where} has no {what}")
 
 
+# GPT-2's vocabulary, filled up with rows that are no token to a multiple of 64, as some train it: a teacher so filled
+# and a student that is not are distributions over the same tokens.
+PADDED = range(50304, 50433, 64)
+
+
 def read_config(name: str) -> GPTConfig:
     """The shape of a model by name or folder. Raises UserError for what is no GPT-2 or is not there."""
     path = fetch(name, "config.json")
@@ -332,6 +337,8 @@ def read_config(name: str) -> GPTConfig:
     for key, allowed in SUPPORTED.items():
         if raw.get(key, allowed[0]) not in allowed:
             raise UserError(f"{name}: this is written for GPT-2, but its config.json says {key}={raw[key]!r}")
+    if raw.get("vocab_size") in PADDED:  # load() leaves the padding out
+        raw["vocab_size"] = GPTConfig.vocab_size
     try:
         return GPTConfig(**{field: raw[field] for field in GPTConfig.__dataclass_fields__ if field in raw})
     except UserError as error:
@@ -379,6 +386,8 @@ def load(name: str, device: torch.device | str = "cpu") -> GPT:
     for path in weight_files(name):
         for key, tensor in read_weights(path):
             key = key.removeprefix("transformer.")
+            if key in ("lm_head.weight", "wte.weight") and len(tensor) in PADDED:
+                tensor = tensor[: config.vocab_size]
             if key == "lm_head.weight":
                 head = tensor
             elif not key.endswith((".attn.bias", ".attn.masked_bias")):

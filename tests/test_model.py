@@ -15,7 +15,19 @@ from safetensors.torch import save_file
 
 import model
 from config import Machine
-from model import GPTConfig, KVCache, PackedLinear, by_chunks, frozen, load, new, predicting, save, trained
+from model import (
+    GPTConfig,
+    KVCache,
+    PackedLinear,
+    by_chunks,
+    frozen,
+    load,
+    new,
+    predicting,
+    same_vocabulary,
+    save,
+    trained,
+)
 
 
 def their_gpt(folder=None, **shape):
@@ -378,3 +390,16 @@ def test_the_hub_its_cache_and_its_failures(tmp_path):
     assert cached == found and "owner/other: this cached copy (HF_HUB_OFFLINE is set) has no config.json" in unknown
     (unreachable,) = run("owner/other")
     assert "could not be reached for config.json" in unreachable and "HF_ENDPOINT" in unreachable
+
+
+def test_a_padded_vocabulary_is_cut_to_gpt2s_tokens(tmp_path):
+    """50,304 rows, of which 50,257 are tokens: logits of the tokens are the same, and the rest is gone."""
+    padded = random_gpt(vocab_size=50304, eos_token_id=50256)
+    save(padded, tmp_path)
+    cut, tokens = load(str(tmp_path)), torch.tensor([[1, 50256, 7]])
+    assert cut.config.vocab_size == 50257 == len(cut.wte.weight)
+    with torch.no_grad():
+        torch.testing.assert_close(cut.logits(cut(tokens)), padded.logits(padded(tokens))[..., :50257])
+    same_vocabulary(cut.config, GPTConfig())
+    save(random_gpt(vocab_size=50300, eos_token_id=50256), tmp_path)
+    refused(lambda: same_vocabulary(load(str(tmp_path)).config, GPTConfig()), "50,300")
