@@ -13,7 +13,9 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import errno
 import json
+import math
 import os
 import shlex
 import signal
@@ -75,7 +77,7 @@ def parse(Config: type, argv: list[str], presets: Callable[[dict], dict] | None 
         more = {"nargs": "?", "const": True} if kind is bool else {"choices": choices}
         parser.add_argument(names[field.name], type=READERS[kind], default=argparse.SUPPRESS,
                             help=help.replace("%", "%%"), metavar=kind.__name__.upper(), **more)
-    given, unknown = parser.parse_known_args(argv)
+    given, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
         if not name.startswith("--"):
@@ -137,6 +139,8 @@ def run(main: Callable, Config: type, presets: Callable[[dict], dict] | None = N
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("MINILLM_DEBUG"):
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            error = f"{error}: make room; what was written before is whole, and a run goes on from it with --resume"
         if isinstance(error, torch.OutOfMemoryError):
             error = "out of memory on the GPU: lower --micro_batch, --batch_size or --sample_batch, where there is one"
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
@@ -230,8 +234,8 @@ class Machine:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         status = Path("/proc/self/status")  # not getrusage: a child inherits its parent's figure there
-        lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else ["VmHWM: nan"]
-        return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+        lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+        return next((float(line.split()[1]) for line in lines if line.startswith("VmHWM")), math.nan) / 2**20
 
     def say(self, *words) -> None:
         """Prints, on the first process only."""
@@ -337,6 +341,15 @@ def read_json(path: Path) -> dict:
 def write_json(path: Path, value) -> None:
     with written_aside(path) as aside:
         aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The rows of a .jsonl file that a run has written, or is writing: without a last line that is not whole."""
+    *lines, _ = path.read_bytes().split(b"\n")
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError:
+        raise UserError(f"{path} holds a line that is not JSON: remove it, or make the file anew") from None
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:

@@ -57,7 +57,7 @@ MANY = 10_000  # answers that are worth the seconds that it takes to start other
 
 
 def score_all(pairs: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, float]]:
-    """The scores of each (answer, references); of many, by all cores of the processor."""
+    """The scores of each (answer, references); of many, by up to 16 processes."""
     if len(pairs) < MANY:
         return [score(*pair) for pair in pairs]
     cores = min(16, os.cpu_count() or 1)
@@ -100,8 +100,8 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
     Of an answer: rouge_l and exact_match, in percent; tokens; ended, 100 if it reached the end token; with a teacher
     reverse_kl in nats, the exact KL[q || p] at each position that the answer visits, summed; if `forward` also
     forward_kl, KL[p || q] along an answer of p; in the built-in world valid, 100 if it is right. Of all answers of a
-    seed: dist_4. Of all answers to a prompt, over all seeds: dist_4_prompt, the mean over prompts of their dist_4; in
-    the built-in world distinct, the percentage of answers left when repetitions are struck out."""
+    seed: dist_4. Of all answers to a prompt, over all seeds: dist_4_prompt, the mean of their dist_4 over prompts, but
+    for those without any 4-gram; in the built-in world distinct, the percentage left without repetitions."""
     model, answers, in_world = frozen(model, m.dtype), [], tokenizer.name == "words"
     mine = range(m.rank, len(examples), m.world)
     prompts = [examples[i].prompt for i in mine]
@@ -134,7 +134,8 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
         by_prompt = [[] for _ in examples]
         for a in answers:
             by_prompt[a["prompt"]].append(a["answer"])
-        means["dist_4_prompt"] = [float(np.mean([dist_n(texts) for texts in by_prompt]))]
+        long = [texts for texts in by_prompt if any(len(text.split()) >= 4 for text in texts)]
+        means["dist_4_prompt"] = [float(np.mean([dist_n(texts) for texts in long])) if long else 0.0]
     if in_world:
         different = {(a["instruction"], a["input"], a["answer"]) for a in answers}
         means["distinct"] = [100 * len(different) / len(answers)]
@@ -232,7 +233,8 @@ def main(cfg: Config) -> dict:
     lengths = by_length(rouge, gold)
     m.say(f"  rouge_l of other prompts, 95%: {low:.2f} to {high:.2f}; by tokens of the reference: "
           + ", ".join(f"{group} {of['mean']:.2f} ({of['prompts']:,})" for group, of in lengths.items()))
-    m.say(f"  took {clock(seconds)}, {m.peak_gib():.1f} GiB at most, on {m.device} in {str(m.dtype)[6:]}")
+    m.say(f"  took {clock(seconds)}, the process {m.peak_gib():.1f} GiB at most so far, on {m.device} in "
+          f"{str(m.dtype)[6:]}")
     results = {"command": command(), "given": given, "data": name, "prompts": len(examples), "seeds": seeds,
                "parameters": model.config.parameters, "seconds": seconds, "peak_gib": m.peak_gib(), "scores": means,
                "rouge_l_interval": [low, high], "rouge_l_by_length": lengths}

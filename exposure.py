@@ -43,8 +43,8 @@ def errors(student: GPT, teacher: GPT, prompts: Sequence[list[int]], samples: in
 def excess(totals: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """R(l), eps(l) and ExAccErr(l) in percent, for l = 1, 2 ... up to where fewer than one answer in a hundred goes on.
 
-    totals (4, N, T) from errors(); weights (..., N) counts prompts anew, for a bootstrap. E_{y_<t ~ q} and E_{y_<t ~ p}
-    are taken over the answers that have not ended before t: one that has makes no further error. (..., l) each"""
+    totals (4, N, T) from errors(); weights (..., N) counts prompts anew, for a bootstrap. The equations say nothing of
+    answers that end: here E_{y_<t ~ q} and E_{y_<t ~ p} are taken over those that have got to t. (..., l) each"""
     weights = np.ones(totals.shape[1]) if weights is None else weights
     alive = totals[1::2].sum(1)  # (2, T)
     l = int((alive >= np.maximum(1, alive[:, :1] / 100)).all(0).sum())
@@ -92,7 +92,7 @@ def main(cfg: Config) -> dict:
     room = min(student.config.n_positions, teacher.config.n_positions)
     examples = data.load_examples(name, cfg.split, tokenizer, cfg.max_prompt_tokens, room, m.say)[: cfg.limit]
     prompts = [example.prompt for example in examples]
-    T = cfg.max_response_tokens or room_for_answers(student, prompts)
+    T = cfg.max_response_tokens or min(room_for_answers(model, prompts) for model in (student, teacher))
     totals = errors(frozen(student, m.dtype), frozen(teacher, m.dtype), prompts, cfg.samples, T, m, cfg.seed,
                     cfg.batch_size)
     R, eps, ex_acc_err = excess(totals)

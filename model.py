@@ -8,12 +8,15 @@ Left out: other families (OPT and LLaMA add names, not ideas); tensor parallelis
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -294,7 +297,7 @@ def fetch(name: str, file: str, repo_type: str = "model", revision: str | None =
         raise UserError(f"{name!r} is neither a folder nor a name on the hub (NAME or OWNER/NAME){made}")
     from huggingface_hub import errors, hf_hub_download
     try:
-        return Path(hf_hub_download(name, file, repo_type=repo_type, revision=revision))
+        return intact(Path(hf_hub_download(name, file, repo_type=repo_type, revision=revision)))
     except errors.GatedRepoError:
         raise UserError(f"{name} on the hub is gated: ask for access on its page, then `hf auth login`") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
@@ -310,6 +313,21 @@ def fetch(name: str, file: str, repo_type: str = "model", revision: str | None =
     except errors.HfHubHTTPError as error:
         raise UserError(f"{name}: the hub answered {error.response.status_code} for {file}; try again later, or give a "
                         "local folder") from None
+
+
+@cache
+def intact(path: Path) -> Path:
+    """The path of a file in the hub's cache, which names a large one by the SHA-256 of what it should hold.
+
+    Raises UserError if it holds something else."""
+    sha256, real = hashlib.sha256(), path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", real.name):
+        with open(real, "rb") as file:
+            while piece := file.read(2**20):
+                sha256.update(piece)
+        if sha256.hexdigest() != real.name:
+            raise UserError(f"{path} is damaged: remove {real}, and it is fetched again")
+    return path
 
 
 def offline() -> bool:
@@ -365,13 +383,28 @@ def read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
         if path.suffix == ".safetensors":
             from safetensors import safe_open
             with safe_open(path, "pt") as file:
-                yield from ((key, file.get_tensor(key)) for key in file.keys())
+                crc, noted = 0, (file.metadata() or {}).get("crc32")  # save() notes it
+                for key in sorted(file.keys()):
+                    tensor = file.get_tensor(key)
+                    crc = zlib.crc32(tensor.numpy(), crc) if noted else 0
+                    yield key, tensor
+                if noted and int(noted) != crc:
+                    raise ValueError("its checksum is another")
         else:
             mmap = zipfile.is_zipfile(path)  # files of before 2020 are not
+            check_zip(path)
             yield from torch.load(path, map_location="cpu", weights_only=True, mmap=mmap).items()
     except Exception as error:  # each reader has its own errors for a broken file, and they all mean this
         raise UserError(f"{path} is damaged or incomplete: remove it and fetch it again "
                         f"({type(error).__name__}: {str(error).partition(chr(10))[0][:80]})") from None
+
+
+def check_zip(path: Path) -> None:
+    """Raises ValueError if a file of torch.save is not as it was written, which torch.load does not look at."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if part := file.testzip():
+                raise ValueError(f"the checksum of {part} is another")
 
 
 def load(name: str, device: torch.device | str = "cpu") -> GPT:
@@ -412,7 +445,8 @@ def same_vocabulary(student: GPTConfig, teacher: GPTConfig) -> None:
 
 
 def save(model: GPT, folder: Path) -> None:
-    """model.safetensors and config.json, as `transformers` writes and reads them."""
+    """model.safetensors and config.json, as `transformers` writes and reads them, and a checksum among the metadata."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     config, tensors = model.config, {}
     for key, p in model.named_parameters():
@@ -422,7 +456,13 @@ def save(model: GPT, folder: Path) -> None:
     raw |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
             "n_ctx": config.n_positions, "bos_token_id": config.eos_token_id, "embd_pdrop": config.resid_pdrop,
             "attn_pdrop": config.resid_pdrop, "tie_word_embeddings": True, "torch_dtype": "float32"}
+    crc = 0
+    for key in sorted(tensors):
+        crc = zlib.crc32(tensors[key].numpy(), crc)
     with written_aside(folder / "model.safetensors") as aside:
-        save_file(tensors, aside, metadata={"format": "pt"})
+        try:
+            save_file(tensors, aside, metadata={"format": "pt", "crc32": str(crc)})
+        except SafetensorError as error:  # a full disk, say
+            raise UserError(f"{folder / 'model.safetensors'}: {error}") from None
     with written_aside(folder / "config.json") as aside:
         aside.write_text(json.dumps(raw, indent=1) + "\n")

@@ -10,17 +10,22 @@ import base64
 import html
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 
-from config import UserError, check, command, flag, read_json, run, written_aside
+from config import UserError, check, command, flag, read_json, read_lines, run, written_aside
+from data import HUB_SETS
+from distill import FREE
+from eval import LENGTHS
 
-# Table 1, GPT-2: Rouge-L on DollyEval, SelfInst, Vicuna, S-NI, UnNI, then GPT-4's score on the first three.
-SETS = ("dolly", "self-inst", "vicuna", "sinst", "uinst")
+SETS = tuple(HUB_SETS)
+# Table 1, GPT-2: Rouge-L on the five sets in this order, then GPT-4's score on the first three.
 TABLE_1 = {
     ("1.5B", "teacher"): (27.6, 14.3, 16.3, 27.6, 31.8, 58.4, 42.9, 48.6),
     ("120M", "sft"): (23.3, 10.0, 14.7, 16.3, 18.5, 38.6, 26.3, 32.8),
@@ -41,68 +46,116 @@ METRICS = ("valid", "distinct", "rouge_l", "reverse_kl", "forward_kl", "loss", "
            "tokens", "ended", "exact_match")
 METHODS = ("teacher", "init", "sft", "kd", "seqkd", "minillm")  # in the order of the paper's tables
 CURVES = ("reverse_kl", "reward", "valid", "rouge_l", "response_tokens", "clip_fraction", "weight_max", "loss_pt")
-# lines that can be told apart in grey: by their pattern, and from dark to light
+# lines that can be told apart in grey, by their pattern
 STYLES = [(("#111111", "#b03a2e", "#2e6da4", "#6fa33a")[n % 4], ("-", "--", "-.", ":")[(n + n // 4) % 4])
           for n in range(16)]
+HATCHES = ("", "//", "..", "xx", "\\\\", "oo")
 
 
 # ---- what there is --------------------------------------------------------------------------------------------------
 
 @dataclass
 class Found:
-    """A file that a run has written, and the name of the model that it is about, its seed struck out."""
+    """A file that a run has written; the model that it is about, its seed struck out; and what it was made with."""
     kind: str  # "evaluation", "training", "exposure", "calibration" or "judge"
     path: Path
-    name: str
+    model: str
     content: dict
+    settings: dict
+    name: str = ""
+
+    @property
+    def data(self) -> str | None:
+        return self.content.get("data")
+
+
+KINDS = {"results.json": "evaluation", "run.json": "training", "exposure.json": "exposure",
+         "calibration.json": "calibration"}
+# settings that do not change what is measured, or only add to it
+UNCHANGED = {"out", "device", "batch_size", "capture", "dtype", "data", "model"}
+
+
+def read(path: Path) -> Found | None:
+    """What a .json file holds that a report can show."""
+    kind = "judge" if path.name.startswith("judge") else KINDS.get(path.name)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if kind else None
+    except ValueError:
+        raise UserError(f"{path} is not JSON: remove it, and run again what wrote it") from None
+    if not isinstance(content, dict):  # distill.py's table of all is a list of the same name
+        return None
+    given = content if kind == "training" else content.get("given", {})
+    model = given.get("answers") if kind == "judge" else given.get("model")
+    if kind == "training":
+        model = f"{given['out']}/minillm" if "mix_alpha" in given else None
+    if model is None:
+        return None
+    if "command" not in content:
+        raise UserError(f"{path} was made by an earlier version, and lacks what a report needs: make it anew")
+    if kind == "judge" and (path.parent / "results.json").is_file():  # of the answers that were judged
+        evaluated = read_json(path.parent / "results.json")
+        model = evaluated["given"]["model"]
+        content |= {name: evaluated[name] for name in ("data", "parameters")}
+    left_out = FREE | {"seed", "command"} if kind == "training" else UNCHANGED
+    left_out = left_out | ({"teacher", "corpus"} if kind == "evaluation" else set())
+    settings = {name: unseeded(value) for name, value in given.items() if name not in left_out}
+    return Found(kind, path, os.path.normpath(model), content, settings)
+
+
+def unseeded(value):
+    """A setting; of a path the part seed-N is struck out."""
+    return re.sub(r"(^|/)seed-\d+(?=/)", "", value) if isinstance(value, str) else value
 
 
 def find(folders: Iterable[str]) -> list[Found]:
     """Everything in these folders that a report can show. Raises UserError for a folder without any of it."""
-    found = []
+    found = {}
     for folder in map(Path, folders):
-        before = len(found)
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder: give what distill.py, eval.py or another command has written")
-        for path in sorted(folder.rglob("*.json")):
-            if path.name == "results.json" and "scores" in (content := read_results(path)):
-                found.append(Found("evaluation", path, content["given"]["model"], content))
-            elif path.name == "run.json" and "mix_alpha" in (content := read_json(path)):
-                found.append(Found("training", path, content["out"] + "/minillm", content))
-            elif path.name in ("exposure.json", "calibration.json"):
-                content = read_json(path)
-                found.append(Found(path.stem, path, content["given"]["model"], content))
-            elif path.name.startswith("judge"):
-                content = read_json(path)
-                found.append(Found("judge", path, content["given"]["answers"], content))
-        if lacking := [item.path for item in found[before:] if "command" not in item.content]:
-            raise UserError(f"{lacking[0]} was made by an earlier version, and lacks what a report needs: make it anew")
-        if len(found) == before:
+        items = [item for item in map(read, sorted(folder.rglob("*.json"))) if item]
+        if not items:
             raise UserError(f"{folder}: no results in it; they are written by distill.py, or by eval.py --out=FOLDER")
-    names = {item.name: [p for p in Path(item.name).parts if not re.fullmatch(r"seed-\d+", p)] for item in found}
-    shared = 0
-    while len({tuple(parts[: shared + 1]) for parts in names.values()}) == 1 and shared + 1 < min(
-            map(len, names.values())):
-        shared += 1
-    once, places = {}, {}
-    for item in found:  # a teacher is evaluated beside each of its students
-        first = once.setdefault((item.path.name, item.name, item.content.get("data")), item)
-        if item.kind == "evaluation":
-            first.content["scores"] = item.content["scores"] | first.content["scores"]
-    for item in once.values():
-        item.name = "/".join(names[item.name][shared:])
+        for item in items:  # a teacher is evaluated beside each of its students; one model may be measured twice
+            key = (item.kind, item.model, item.data, repr(item.settings))
+            first = found.setdefault(key, item)
+            for part in {"evaluation": ["scores"], "calibration": ["tasks"]}.get(item.kind, []):
+                first.content[part] |= {name: of for name, of in item.content[part].items()
+                                        if name not in first.content[part]}
+    return named(list(found.values()))
+
+
+def named(items: list[Found]) -> list[Found]:
+    """Gives each a name: of its model, without what all have in common; with the settings in which two of one name
+    differ. In the order of the paper's tables."""
+    parts = {item.model: [p for p in Path(item.model).parts if not re.fullmatch(r"seed-\d+", p)] or [item.model]
+             for item in items}
+    heads, places = [path[:-1] for path in parts.values()], {}
+    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*heads)))
+    for item in items:
+        item.name = "/".join(parts[item.model][shared:])
         places.setdefault(Path(item.name).parent, len(places))
     rank = lambda name: METHODS.index(method_of(name)) if method_of(name) else len(METHODS)
-    return sorted(once.values(), key=lambda item: (places[Path(item.name).parent], rank(item.name)))
+    items = sorted(items, key=lambda item: (places[Path(item.name).parent], rank(item.name)))
+    alike = {}
+    for item in items:
+        alike.setdefault((item.kind, item.name, item.data), []).append(item)
+    for group in alike.values():
+        for item, differ in [(item, differing(group)) for item in group if item.kind != "judge"]:
+            differ = [name for name in differ if name != "weights"]
+            item.name += f" ({', '.join(f'{name}={plain(item.settings.get(name))}' for name in differ)})" * bool(differ)
+    return items
 
 
-def read_results(path: Path) -> dict:
-    """An evaluation, or nothing: distill.py's table of all has the same name, and is a list."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path} is not JSON: remove it, and run again what wrote it") from None
-    return content if isinstance(content, dict) else {}
+def differing(items: Sequence[Found]) -> list[str]:
+    """The settings in which these differ."""
+    known = dict.fromkeys(name for item in items for name in item.settings)
+    return [name for name in known if len({repr(item.settings.get(name)) for item in items}) > 1]
+
+
+def plain(value) -> str:
+    """A setting in a table: of a path its end."""
+    return "/".join(str(value).split("/")[-2:])
 
 
 def grouped(items: Iterable[Found]) -> dict[str, list[Found]]:
@@ -113,47 +166,57 @@ def grouped(items: Iterable[Found]) -> dict[str, list[Found]]:
     return groups
 
 
-def figure_of(evaluations: Sequence[Found], metric: str) -> tuple[float, float, int] | None:
-    """(mean, standard deviation, of how many): over runs, or over the seeds of sampling of a single run."""
-    runs = [item.content["scores"][metric] for item in evaluations if metric in item.content["scores"]]
-    values = [float(np.mean(values)) for values in runs] if len(runs) > 1 else runs[0] if runs else []
+def by_data(items: Iterable[Found]) -> dict[str, list[Found]]:
+    sets = {}
+    for item in items:
+        sets.setdefault(item.data, []).append(item)
+    return dict(sorted(sets.items(), key=lambda pair: (pair[0] not in SETS, [*SETS, pair[0]].index(pair[0]))))
+
+
+def spread(runs: Sequence[Sequence[float]]) -> tuple[float, float | None, int] | None:
+    """(mean, standard deviation, number of runs) of a metric: over runs, or over the values of a single one."""
+    runs = [values for values in runs if values]
+    values = [float(np.mean(values)) for values in runs] if len(runs) > 1 else list(runs[0]) if runs else []
     if not values:
         return None
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, len(values)
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None, len(runs)
 
 
-def tested(trainings: Sequence[Found], evaluations: Iterable[Found]) -> dict[str, list[Found]]:
-    """The evaluations on the set that these runs are tested with, by name."""
-    settings = trainings[0].content if trainings else {}
-    data = settings.get("test_data") or settings.get("data")
-    return grouped(item for item in evaluations if item.content["data"] == data)
+def figure_of(evaluations: Sequence[Found], metric: str) -> tuple[float, float | None, int] | None:
+    runs = [item.content["scores"].get(metric, []) for item in evaluations]
+    measured = [values for values in runs if values]
+    if len(evaluations) > 1 == len(measured):  # in one run of several: nothing is known of the spread over runs
+        measured = [[float(np.mean(measured[0]))]]
+    return spread(measured)
 
 
-def shown(figure: tuple[float, float, int] | None, spread: bool = True) -> str:
+def shown(figure: tuple[float, float | None, int] | None, runs: int = 0, digits: int = 2) -> str:
+    """The figure in a table; told apart where fewer than `runs` were measured."""
     if figure is None:
         return ""
-    return f"{figure[0]:.2f}" + (f" ± {figure[1]:.2f}" if spread and figure[2] > 1 else "")
+    text = f"{figure[0]:.{digits}f}" + (f" ± {figure[1]:.{digits}f}" if figure[1] is not None else "")
+    return text + f" (of {figure[2]})" * (figure[2] < runs)
 
 
 def method_of(name: str) -> str | None:
     """The paper's name of a method, from that of a folder or a repository."""
-    match = re.match(r"(teacher|init|minillm|seqkd|kd|sft)(-gpt2.*)?$", Path(name).name.lower())
+    match = re.match(r"(teacher|init|minillm|seqkd|kd|sft)(-gpt2.*)?( \(.*)?$", Path(name).name.lower())
     return match[1] if match else None
 
 
 def sft_of(name: str) -> str | None:
     """The name, in small letters, that the SFT of this size has: beside sft-gpt2-340m stands kd-gpt2-340m."""
     method = method_of(name)
-    return re.sub(rf"(^|/){method}(-gpt2[^/]*)?$", r"\1sft\2", name.lower()) if method else None
+    return None if method in (None, "teacher") else re.sub(rf"(^|/){method}(?=[^/]*$)", r"\1sft", name.lower())
 
 
 def of_paper(item: Found, score: bool = False) -> float | None:
-    """Table 1's figure for this model, method and set: Rouge-L, or GPT-4's score."""
+    """Table 1's figure for this model, method and set: Rouge-L, or GPT-4's score. None for a part of a set."""
     row = TABLE_1.get((SIZES.get(item.content.get("parameters")), method_of(item.name)))
-    name = item.content.get("data")
-    if row is None or name not in (SETS[:3] if score else SETS):
+    whole = item.settings.get("split", "test") == "test" and item.settings.get("limit") is None
+    if row is None or not whole or item.data not in (SETS[:3] if score else SETS):
         return None
-    return row[SETS.index(name) + len(SETS) * score]
+    return row[SETS.index(item.data) + len(SETS) * score]
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -177,29 +240,6 @@ class Table:
         return f"## {self.title}\n\n{self.about}\n\n{body}\n"
 
 
-def result_tables(evaluations: list[Found]) -> list[Table]:
-    """One a set: every metric of each model, and the paper's Rouge-L where it has that model."""
-    tables = []
-    for name, items in by_data(evaluations).items():
-        groups = grouped(items)
-        metrics = [metric for metric in METRICS if any(metric in item.content["scores"] for item in items)]
-        paper = any(of_paper(item) is not None for item in items)
-        rows = []
-        for label, group in groups.items():
-            row = [label, str(len(group)), *(shown(figure_of(group, metric)) for metric in metrics)]
-            if paper:
-                theirs, ours = of_paper(group[0]), figure_of(group, "rouge_l")[0]
-                row += ["", ""] if theirs is None else [f"{theirs:.1f}", f"{ours - theirs:+.1f}"]
-            minutes = np.mean([item.content["seconds"] for item in group]) / 60
-            rows.append([*row, f"{minutes:.1f}", f"{max(item.content['peak_gib'] for item in group):.1f}"])
-        header = ["model", "runs", *metrics, *(["paper's rouge_l", "difference"] if paper else []), "minutes", "GiB"]
-        prompts = items[0].content["prompts"]
-        tables.append(Table(f"Results on {name}", f"{prompts:,} prompts. Mean ± standard deviation over runs; for a "
-                            "single run over its seeds of sampling. Minutes and peak memory are of the evaluation.",
-                            header, rows))
-    return tables
-
-
 def summary_table(evaluations: list[Found]) -> list[Table]:
     """Rouge-L of each model on each set, as Table 1 is arranged; of a single set there is no more to say."""
     sets = {name: grouped(items) for name, items in by_data(evaluations).items()}
@@ -215,70 +255,88 @@ def summary_table(evaluations: list[Found]) -> list[Table]:
                   rows)] if rows else []
 
 
-def by_data(items: Iterable[Found]) -> dict[str, list[Found]]:
-    sets = {}
-    for item in items:
-        sets.setdefault(item.content["data"], []).append(item)
-    return dict(sorted(sets.items(), key=lambda pair: (pair[0] not in SETS, [*SETS, pair[0]].index(pair[0]))))
+def result_tables(evaluations: list[Found]) -> list[Table]:
+    """One a set: every metric of each model, and the paper's Rouge-L where it has that model."""
+    tables = []
+    for name, items in by_data(evaluations).items():
+        metrics = [metric for metric in METRICS if any(metric in item.content["scores"] for item in items)]
+        paper = any(of_paper(item) is not None for item in items)
+        rows = []
+        for label, group in grouped(items).items():
+            row = [label, str(len(group)), *(shown(figure_of(group, metric), len(group)) for metric in metrics)]
+            if paper:
+                theirs, ours = of_paper(group[0]), figure_of(group, "rouge_l")[0]
+                row += ["", ""] if theirs is None else [f"{theirs:.1f}", f"{ours - theirs:+.1f}"]
+            minutes = np.mean([item.content["seconds"] for item in group]) / 60
+            rows.append([*row, f"{minutes:.1f}", f"{max(item.content['peak_gib'] for item in group):.1f}"])
+        header = ["model", "runs", *metrics, *(["paper's rouge_l", "difference"] if paper else []), "minutes", "GiB"]
+        tables.append(Table(f"Results on {name}", f"{items[0].content['prompts']:,} prompts. Mean ± standard deviation "
+                            "over runs; for a single run over its seeds of sampling. Minutes of an evaluation, and the "
+                            "most memory that its process had held by its end.", header, rows))
+    return tables
 
 
-NOT_COMPARED = {"out", "seed", "command", "resume", "device", "log_every", "baselines"}
-
-
-def differing(trainings: list[Found]) -> list[str]:
-    """The flags in which the groups of runs differ, but for their seeds and folders."""
-    known = dict.fromkeys(name for item in trainings for name in item.content if name not in NOT_COMPARED)
-    return [name for name in known if len({plain(item.content.get(name)) for item in trainings}) > 1]
-
-
-def plain(value) -> str:
-    """A flag's value in a table; of a folder its end, its seed struck out."""
-    text = re.sub(r"(^|/)seed-\d+/", r"\1", str(value))
-    return "/".join(text.split("/")[-2:])
+def tested(trainings: Iterable[Found], evaluations: Sequence[Found]) -> dict[str, list[Found]]:
+    """The evaluations of each model on the set that its run is tested with."""
+    sets = {item.name: item.content.get("test_data") or item.content["data"] for item in trainings}
+    return {name: group for name in sets
+            if (group := [item for item in evaluations if item.name == name and item.data == sets[name]])}
 
 
 def comparison(trainings: list[Found], evaluations: list[Found]) -> list[Table]:
     """Runs of MiniLLM whose flags differ, as an ablation; sixteen pairs of divergence and source as a square."""
     flags, results = differing(trainings), tested(trainings, evaluations)
     runs = {name: group for name, group in grouped(trainings).items() if name in results}
-    metrics = [metric for metric in METRICS if any(figure_of(results[name], metric) for name in runs)]
     if len(runs) < 2 or not flags:
         return []
-    rows = [[name, str(len(group)), *(plain(group[0].content.get(flag)) for flag in flags),
-             *(shown(figure_of(results[name], metric)) for metric in metrics)] for name, group in runs.items()]
+    metrics = [metric for metric in METRICS if any(figure_of(results[name], metric) for name in runs)]
+    rows = [[name, str(len(group)), *(plain(group[0].settings.get(flag)) for flag in flags),
+             *(shown(figure_of(results[name], metric), len(group)) for metric in metrics)]
+            for name, group in runs.items()]
     tables = [Table("What flags change", "Runs of MiniLLM that differ in these flags. Mean ± standard deviation over "
                     "runs.", ["model", "runs", *(f"--{flag}" for flag in flags), *metrics], rows)]
-    alone = {(g[0].content["divergence"], g[0].content["source"]): name for name, g in runs.items()
-             if not g[0].content["long_term"]}
+    alone = {}
+    for name, group in runs.items():
+        if not group[0].content["long_term"]:
+            alone.setdefault((group[0].content["divergence"], group[0].content["source"]), []).append(name)
     kinds, sources = ([*dict.fromkeys(pair[at] for pair in alone)] for at in (0, 1))
     if len(kinds) > 1 and len(sources) > 1:
         for metric in [metric for metric in ("valid", "rouge_l", "reverse_kl", "forward_kl") if metric in metrics]:
-            rows = [[kind, *(shown(figure_of(results[alone[kind, source]], metric)) if (kind, source) in alone else ""
-                             for source in sources)] for kind in kinds]
+            cells = {pair: " / ".join(shown(figure_of(results[name], metric)) for name in names)
+                     for pair, names in alone.items()}
             tables.append(Table(f"Divergence by source of answers: {metric}", "The single-step term alone.",
-                                ["--divergence", *(f"--source={source}" for source in sources)], rows))
+                                ["--divergence", *(f"--source={source}" for source in sources)],
+                                [[kind, *(cells.get((kind, source), "") for source in sources)] for kind in kinds]))
     return tables
 
 
 def calibration_table(items: list[Found]) -> list[Table]:
-    rows = [[label, task, f"{of['accuracy']:.1f}", f"{of['majority']:.1f}", f"{of['ece']:.3f}"]
-            for label, group in grouped(items).items() for task, of in group[0].content["tasks"].items()]
+    rows = []
+    for label, group in grouped(items).items():
+        for task in dict.fromkeys(task for item in group for task in item.content["tasks"]):
+            of = [item.content["tasks"][task] for item in group if task in item.content["tasks"]]
+            cells = [shown(spread([[one[name]] for one in of]), digits=digits)
+                     for name, digits in (("accuracy", 1), ("majority", 1), ("ece", 3))]
+            rows.append([label, str(len(of)), task, *cells])
     return [Table("Calibration", "Table 2: zero-shot accuracy in percent, beside that of always saying the commoner "
-                  "label, and expected calibration error.", ["model", "task", "accuracy", "majority", "ECE"], rows)]
+                  "label, and expected calibration error.", ["model", "runs", "task", "accuracy", "majority", "ECE"],
+                  rows)] if rows else []
 
 
 def judge_table(items: list[Found]) -> list[Table]:
     rows = []
     for item in items:
-        c = item.content
+        c, theirs = item.content, of_paper(item, score=True)
         if c["kind"] == "reference":
             verdict = f"{c['score']:.1f} ({c['interval'][0]:.1f} to {c['interval'][1]:.1f})"
         else:
             shares = ", ".join(f"{name} {c[name]['percent']:.1f}" for name in ("win", "tie", "loss"))
-            verdict = f"{shares} against {c['given']['against']}"
-        rows.append([item.name, c["given"]["judge"], verdict, str(c["judged"]), str(c["unscored"])])
+            verdict, theirs = f"{shares} against {c['given']['against']}", None
+        rows.append([item.name, item.data or "", c["given"]["judge"], verdict,
+                     "" if theirs is None else f"{theirs:.1f}", str(c["judged"]), str(c["unscored"])])
     return [Table("Judged", "100 x marks of the answers / marks of the references, and a 95% interval over prompts; or "
-                  "percent of comparisons.", ["answers", "judge", "score", "judged", "unscored"], rows)]
+                  "percent of comparisons. The paper's judge was GPT-4, its question another.",
+                  ["answers", "data", "judge", "score", "paper's", "judged", "unscored"], rows)] if rows else []
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
@@ -287,9 +345,16 @@ def judge_table(items: list[Found]) -> list[Table]:
 class Figure:
     title: str
     about: str
-    commands: list[str]
-    png: bytes
     file: str
+    panels: dict[str, dict]  # of each panel what is drawn, by label
+    items: Sequence[Found]
+    png: bytes = field(default=b"", repr=False)
+
+    @property
+    def commands(self) -> list[str]:
+        made = [*dict.fromkeys(item.content["command"] for item in self.items)]
+        more = [f"... and {len(made) - 4} more"] if len(made) > 5 else made[4:5]
+        return [*made[:4], *more, command()]
 
     def html(self) -> str:
         code = "".join(f"<code>{html.escape(line)}</code><br>" for line in self.commands)
@@ -298,184 +363,195 @@ class Figure:
                 f'{base64.b64encode(self.png).decode()}">\n<p class="from">{code}</p>\n')
 
 
-def draw(title: str, about: str, file: str, items: Sequence[Found], paint: Callable, panels: int = 1) -> Figure:
-    """paint(axes) draws on a list of axes."""
+def draw(title: str, about: str, file: str, panels: dict[str, dict], items: Sequence[Found],
+         paint: Callable) -> list[Figure]:
+    """paint(axis, name, label, what, n, color, line) draws the n-th label of a panel; no figure where nothing is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
-    columns = min(panels, 4)
-    canvas = Canvas(figsize=(3.4 * columns if panels > 1 else 7, 3.0 * -(-panels // columns) + 0.8),
-                    layout="constrained")
+    panels = {name: of for name, of in panels.items() if of}
+    labels = [*dict.fromkeys(label for of in panels.values() for label in of)]
+    if not labels:
+        return []
+    if len(labels) > len(STYLES):
+        about += f" Of {len(labels)} models the first {len(STYLES)} are drawn."
+        labels = labels[: len(STYLES)]
+    columns, rows = min(len(panels), 4), -(-len(panels) // 4)
+    canvas = Canvas(figsize=(3.4 * columns if len(panels) > 1 else 7, 3.0 * rows + 0.8), layout="constrained")
     FigureCanvasAgg(canvas)
-    axes = list(canvas.subplots(-(-panels // columns), columns, squeeze=False).flat)
-    for axis in axes:
+    axes = list(canvas.subplots(rows, columns, squeeze=False).flat)
+    for axis, (name, of) in zip(axes, panels.items()):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    paint(axes[:panels])
-    for axis in axes[panels:]:
+        if len(panels) > 1:
+            axis.set_title(name, fontsize=9)
+        for n, (label, (color, line)) in enumerate(zip(labels, STYLES)):
+            if label in of:
+                paint(axis, name, label.replace("$", r"\$"), of[label], n, color, line)
+    for axis in axes[len(panels):]:
         axis.set_visible(False)
-    labels = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
-    if labels:
-        room = int(10 * canvas.get_figwidth() / (max(map(len, labels)) + 8))
-        canvas.legend(labels.values(), labels.keys(), loc="outside lower center", frameon=False, handlelength=3.5,
-                      ncols=max(1, min(4, room, len(labels))))
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    room = int(10 * canvas.get_figwidth() / (max(map(len, handles)) + 8))
+    canvas.legend(handles.values(), handles.keys(), loc="outside lower center", frameon=False, handlelength=3.5,
+                  ncols=max(1, min(4, room, len(handles))))
     png = io.BytesIO()
     canvas.savefig(png, format="png", dpi=130)
-    commands = [*dict.fromkeys(item.content["command"] for item in items)]
-    more = [f"... and {len(commands) - 4} more"] if len(commands) > 5 else commands[4:5]
-    return Figure(title, about, [*commands[:4], *more, command()], png.getvalue(), file)
+    return [Figure(title, about, file, panels, items, png.getvalue())]
+
+
+def over_runs(curves: Iterable[tuple[Sequence[float], Sequence[float]]]) -> tuple[np.ndarray, ...]:
+    """(x, mean, least, largest) of curves, each at the x that any has, over those that have it."""
+    at = {}
+    for xs, ys in curves:
+        for x, y in zip(xs, ys):
+            at.setdefault(x, []).append(y)
+    columns = [(x, np.mean(ys), min(ys), max(ys)) for x, ys in sorted(at.items())]
+    return tuple(np.array(column, dtype=float) for column in zip(*columns)) if columns else (np.empty(0),) * 4
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """Means over the last `width` values; over what there is at the beginning."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    last = np.arange(1, len(values) + 1)
-    first = np.maximum(0, last - width)
-    return (sums[last] - sums[first]) / (last - first)
+    return np.array([values[max(0, n + 1 - width) : n + 1].mean() for n in range(len(values))])
 
 
-def curve(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+def curve(path: Path, name: str) -> tuple[list[float], list[float]]:
     """Steps and values of one column of a log.jsonl; of what is only validated, those of validation."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), float)]
-    points = points or [(line["step"], line["valid"][name]) for line in lines if name in line.get("valid", {})]
-    return tuple(np.array(column, dtype=float) for column in zip(*points)) if points else (np.empty(0), np.empty(0))
+    lines = read_lines(path)
+    number = lambda value: isinstance(value, int | float)
+    points = [(line["step"], line[name]) for line in lines if number(line.get(name))]
+    validated = [(line["step"], line["valid"]) for line in lines if isinstance(line.get("valid"), dict)]
+    points = points or [(step, valid[name]) for step, valid in validated if number(valid.get(name))]
+    return tuple(map(list, zip(*points))) if points else ([], [])
 
 
 def training_figure(trainings: list[Found], width: int) -> list[Figure]:
-    groups = {name: [item for item in group if (item.path.parent / "log.jsonl").is_file()]
-              for name, group in grouped(trainings).items()}
-    groups = {name: group for name, group in groups.items() if group}
-    groups, rest = dict(list(groups.items())[: len(STYLES)]), max(0, len(groups) - len(STYLES))
-    if not groups:
-        return []
-    logs = {(label, name): [curve(item.path.parent / "log.jsonl", name) for item in group]
-            for label, group in groups.items() for name in CURVES}
-    columns = [name for name in CURVES if any(len(curve[0]) for label in groups for curve in logs[label, name])]
+    items = [item for item in trainings if (item.path.parent / "log.jsonl").is_file()]
+    panels = {}
+    for name in CURVES:
+        runs = {label: over_runs(curve(item.path.parent / "log.jsonl", name) for item in group)[:2]
+                for label, group in grouped(items).items()}
+        panels[name] = {label: (x, smooth(y, width) if len(x) > 2 * width else y)
+                        for label, (x, y) in runs.items() if len(x)}
 
-    def paint(axes) -> None:
-        for axis, name in zip(axes, columns):
-            for (label, _), (color, line) in zip(groups.items(), STYLES):
-                runs = [(steps, values) for steps, values in logs[label, name] if len(steps)]
-                if not runs:
-                    continue
-                length = min(len(steps) for steps, _ in runs)
-                mean = np.mean([values[:length] for _, values in runs], 0)
-                many = length > 2 * width
-                axis.plot(runs[0][0][:length], smooth(mean, width) if many else mean, line, color=color, label=label,
-                          marker="" if many else ".")
-            axis.set_title(name, fontsize=9)
-            axis.set_xlabel("update", fontsize=8)
+    def paint(axis, name, label, what, n, color, line) -> None:
+        axis.plot(*what, line, color=color, label=label, marker="" if len(what[0]) > 2 * width else ".")
+        axis.set_xlabel("update", fontsize=8)
 
-    about = (f"Figure 8 among them. Means over {width} updates, and over runs of different seeds; points are "
-             "validations." + f" {rest} more runs are not drawn." * (rest > 0))
-    return [draw("Training", about, "training", trainings, paint, len(columns))]
+    about = (f"Figure 8 among them. Means over runs of different seeds, and over {width} updates where there are more "
+             "than twice as many; else each update, or each validation, is a point.")
+    return draw("Training", about, "training", panels, items, paint)
 
 
 def exposure_figure(items: list[Found]) -> list[Figure]:
-    groups = grouped(items)
+    lines = {}
+    for label, group in grouped(items).items():
+        of = lambda item, key: [(n, x) for n, x in enumerate(item.content[key], 1) if x is not None]
+        x, mean, low, high = over_runs(zip(*of(item, "ex_acc_err")) for item in group if of(item, "ex_acc_err"))
+        if len(group) == 1:
+            low, high = (np.array([y for _, y in of(group[0], key)]) for key in ("low", "high"))
+        if len(x):
+            lines[label] = (x, mean, low, high)
 
-    def paint(axes) -> None:
-        for (label, group), (color, line) in zip(groups.items(), STYLES):
-            length = min(len(item.content["ex_acc_err"]) for item in group)
-            rows = np.array([item.content["ex_acc_err"][:length] for item in group], dtype=float)
-            axes[0].plot(np.arange(1, length + 1), rows.mean(0), line, color=color, label=label)
-            low, high = ((rows.min(0), rows.max(0)) if len(group) > 1 else
-                         (np.array(group[0].content[k][:length], dtype=float) for k in ("low", "high")))
-            axes[0].fill_between(np.arange(1, length + 1), low, high, color=color, alpha=0.12, linewidth=0)
-        axes[0].axhline(0, color="#888888", linewidth=0.8)
-        axes[0].set_xlabel("answer tokens, l")
-        axes[0].set_ylabel("ExAccErr(l) in percent")
+    def paint(axis, name, label, what, n, color, line) -> None:
+        x, mean, low, high = what
+        axis.plot(x, mean, line, color=color, label=label)
+        axis.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+        axis.axhline(0, color="#888888", linewidth=0.8)
+        axis.set_xlabel("answer tokens, l")
+        axis.set_ylabel("ExAccErr(l) in percent")
 
-    return [draw("Exposure bias", "Figure 6: excess error accumulated along a model's own answers. The band is the "
-                 "range of runs, or the 95% interval over prompts of a single one.", "exposure", items, paint)]
+    return draw("Exposure bias", "Figure 6: excess error accumulated along a model's own answers. The band is the "
+                "range of runs, or the 95% interval over prompts of a single one.", "exposure", {"": lines}, items,
+                paint)
 
 
 def length_figure(evaluations: list[Found]) -> list[Figure]:
     figures = []
     for data, items in by_data(evaluations).items():
-        groups = grouped(items)
-        means = {label: {} for label in groups}
+        groups, means = grouped(items), {}
         for label, group in groups.items():
-            for bucket in group[0].content["rouge_l_by_length"]:
-                of = [i.content["rouge_l_by_length"][bucket]["mean"] for i in group
-                      if bucket in i.content["rouge_l_by_length"]]
-                means[label][bucket] = float(np.mean(of))
-        buckets = [*dict.fromkeys(bucket for of in means.values() for bucket in of)]
+            of = [item.content["rouge_l_by_length"] for item in group]
+            means[label] = {bucket: float(np.mean([one[bucket]["mean"] for one in of if bucket in one]))
+                            for bucket in LENGTHS if any(bucket in one for one in of)}
         known = {label.lower(): label for label in groups}
         base = {label: known.get(sft_of(label)) for label in groups}  # the SFT of the same size
         less = any(base.values())
-        lines = {label: [of.get(b, np.nan) - (means[base[label]].get(b, np.nan) if less else 0) for b in buckets]
-                 for label, of in means.items() if base[label] != label and (base[label] or not less)}
-        if len(buckets) < 2 or not lines:
+        buckets = [bucket for bucket in LENGTHS if any(bucket in of for of in means.values())]
+        bars = {label: [of.get(b, np.nan) - (means[base[label]].get(b, np.nan) if less else 0) for b in buckets]
+                for label, of in means.items() if base[label] != label and (base[label] or not less)}
+        if len(buckets) < 2:
             continue
+        count = min(len(bars), len(STYLES))
 
-        def paint(axes, lines=lines, buckets=buckets, less=less) -> None:
-            for n, ((label, values), (color, _)) in enumerate(zip(lines.items(), STYLES)):
-                axes[0].bar(np.arange(len(buckets)) + 0.8 * (n + 0.5) / len(lines) - 0.4, values, 0.75 / len(lines),
-                            color=color, label=label, edgecolor="black", linewidth=0.4,
-                            hatch=("", "//", "..", "xx", "\\\\", "oo")[n % 6])
-            axes[0].axhline(0, color="black", linewidth=0.8)
-            axes[0].set_xticks(range(len(buckets)), buckets)
-            axes[0].set_xlabel("tokens of the reference")
-            axes[0].set_ylabel("Rouge-L" + " less that of SFT" * less)
+        def paint(axis, name, label, what, n, color, line, count=count, buckets=buckets, less=less) -> None:
+            axis.bar(np.arange(len(buckets)) + 0.8 * (n + 0.5) / count - 0.4, what, 0.75 / count, color=color,
+                     label=label, edgecolor="black", linewidth=0.4, hatch=HATCHES[n % len(HATCHES)])
+            axis.axhline(0, color="black", linewidth=0.8)
+            axis.set_xticks(range(len(buckets)), buckets)
+            axis.set_xlabel("tokens of the reference")
+            axis.set_ylabel("Rouge-L" + " less that of SFT" * less)
 
-        figures.append(draw(f"Rouge-L by length, {data}", "Figure 7: groups by the length of the reference.",
-                            f"length-{Path(data).stem}", items, paint))
+        figures += draw(f"Rouge-L by length, {data}", "Figure 7: groups by the length of the reference.",
+                        "length-" + re.sub(r"\W+", "-", data), {"": bars}, items, paint)
     return figures
 
 
 def sweep_figure(trainings: list[Found], evaluations: list[Found]) -> list[Figure]:
     """Where runs differ in alpha alone, or in the teacher alone: Figures 16 and 5."""
-    results, flags = tested(trainings, evaluations), set(differing(trainings))
-    metric = "valid" if any("valid" in item.content["scores"] for item in evaluations) else "rouge_l"
-    if flags == {"mix_alpha"}:
-        place = lambda item: (item.content["mix_alpha"], f"{item.content['mix_alpha']:g}")
+    flags, methods = differing(trainings), ["minillm"]
+    size = {item.model: item.content["parameters"] for item in evaluations}
+    if flags == ["mix_alpha"]:
+        place = lambda item: item.content["mix_alpha"]
         title, about, file, xlabel = "Alpha", "Figure 16: the teacher's share in sampling.", "alpha", "--mix_alpha"
-    elif flags == {"teacher"}:
-        size = {item.content["given"]["model"]: item.content["parameters"] for item in evaluations}
-        place = lambda item: (size.get(item.content["teacher"], 0), f"{size.get(item.content['teacher'], 0):,}")
+    elif flags == ["teacher"]:
+        place, methods = lambda item: size.get(os.path.normpath(item.content["teacher"]), 0), ["minillm", "seqkd"]
         title, about, file, xlabel = "Size of the teacher", "Figure 5.", "teachers", "parameters of the teacher"
     else:
         return []
-    points = {}  # method -> [(place, label, figure)]
+    on = {item.content.get("test_data") or item.content["data"] for item in trainings}
+    results = grouped(item for item in evaluations if item.data in on)
+    metric = "valid" if any("valid" in item.content["scores"] for item in evaluations) else "rouge_l"
+    lines = {}
     for name, group in grouped(trainings).items():
-        for method in ("minillm", "seqkd"):
-            sibling = "/".join([*name.split("/")[:-1], method])
-            if sibling in results and (figure := figure_of(results[sibling], metric)):
-                points.setdefault(method, []).append((*place(group[0]), figure))
-    if max(map(len, points.values()), default=0) < 2:
+        for method in methods:
+            figure = figure_of(results.get("/".join([*name.split("/")[:-1], method]), []), metric)
+            if figure:
+                lines.setdefault(method, {})[place(group[0])] = figure
+    xs = sorted({x for line in lines.values() for x in line})
+    if len(xs) < 2:
         return []
 
-    def paint(axes) -> None:
-        ticks = sorted({(x, label) for line in points.values() for x, label, _ in line})
-        at = {x: n for n, (x, _) in enumerate(ticks)}
-        for (method, line), (color, pattern) in zip(points.items(), STYLES[::5]):
-            line = sorted(line)
-            axes[0].errorbar([at[x] for x, _, _ in line], [f[0] for _, _, f in line], [f[1] for _, _, f in line],
-                             color=color, linestyle=pattern, marker="o", capsize=3, label=method)
-        axes[0].set_xticks(range(len(ticks)), [label for _, label in ticks])
-        axes[0].set_xlabel(xlabel)
-        axes[0].set_ylabel(metric + " %")
+    def paint(axis, name, label, what, n, color, line) -> None:
+        at = [x for x in xs if x in what]
+        axis.errorbar([xs.index(x) for x in at], [what[x][0] for x in at], [what[x][1] or 0 for x in at], color=color,
+                      linestyle=line, marker="o", capsize=3, label=label)
+        axis.set_xticks(range(len(xs)), [f"{x:,}" for x in xs])
+        axis.set_xlabel(xlabel)
+        axis.set_ylabel(metric + " %")
 
-    return [draw(title, about + " Mean and standard deviation over runs.", file, trainings, paint)]
+    return draw(title, about + " Mean and standard deviation over runs.", file, {metric: lines}, trainings, paint)
 
 
 def reliability_figure(items: list[Found]) -> list[Figure]:
-    tasks = [*dict.fromkeys(task for item in items for task in item.content["tasks"])]
+    panels = {}
+    for label, group in grouped(items).items():
+        for task in dict.fromkeys(task for item in group for task in item.content["tasks"]):
+            points = {}
+            for item in group:
+                for bin in item.content["tasks"].get(task, {"bins": []})["bins"]:
+                    points.setdefault(bin["low"], []).extend([bin] * (bin["count"] > 0))
+            points = {low: bins for low, bins in points.items() if bins}
+            mean = lambda of, name: np.average([bin[name] for bin in of], weights=[bin["count"] for bin in of])
+            panels.setdefault(task, {})[label] = [[mean(of, name) for _, of in sorted(points.items())]
+                                                  for name in ("confidence", "accuracy")]
 
-    def paint(axes) -> None:
-        for axis, task in zip(axes, tasks):
-            axis.plot([0, 1], [0, 1], color="#888888", linewidth=0.8)
-            for (label, group), (color, line) in zip(grouped(items).items(), STYLES):
-                bins = [b for b in group[0].content["tasks"].get(task, {"bins": []})["bins"] if b["count"]]
-                points = [[b[name] for b in bins] for name in ("confidence", "accuracy")]
-                axis.plot(*points, line, color=color, label=label, marker="o", markersize=4)
-            axis.set_title(task, fontsize=9)
-            axis.set_xlabel("confidence")
-            axis.set_ylabel("accuracy")
+    def paint(axis, name, label, what, n, color, line) -> None:
+        axis.plot([0, 1], [0, 1], color="#888888", linewidth=0.8)
+        axis.plot(*what, line, color=color, label=label, marker="o", markersize=4)
+        axis.set_xlabel("confidence")
+        axis.set_ylabel("accuracy")
 
-    return [draw("Reliability", "Accuracy among answers of like confidence; on the diagonal a model is calibrated.",
-                 "reliability", items, paint, len(tasks))]
+    return draw("Reliability", "Accuracy among answers of like confidence, over all runs; on the diagonal a model is "
+                "calibrated.", "reliability", panels, items, paint)
 
 
 # ---- answers side by side -------------------------------------------------------------------------------------------
@@ -487,16 +563,13 @@ def answers_page(evaluations: list[Found], prompts: int) -> str:
         said = {}  # label -> {(instruction, input): answer}
         for label, group in grouped(items).items():
             path = group[0].path.parent / "samples.jsonl"
-            if path.is_file():
-                rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-                said[label] = {(row["instruction"], row["input"]): row for row in reversed(rows)}  # the first seed's
-        if not said:
-            continue
-        page.append(f"<h2>Answers on {html.escape(data)}</h2>\n")
-        for key in list(dict.fromkeys(key for rows in said.values() for key in reversed(rows)))[:prompts]:
+            rows = read_lines(path) if path.is_file() else []
+            said[label] = {(row["instruction"], row["input"]): row for row in reversed(rows)}  # the first seed's
+        keys = list(dict.fromkeys(key for rows in said.values() for key in reversed(rows)))[:prompts]
+        page.append(f"<h2>Answers on {html.escape(data)}</h2>\n" * bool(keys))
+        for key in keys:
             rows = {label: of[key] for label, of in said.items() if key in of}
-            references = next(iter(rows.values())).get("references", [])[:1]
-            cells = [("reference", text, "") for text in references]
+            cells = [("reference", text, "") for text in next(iter(rows.values()))["references"][:1]]
             cells += [(label, row["answer"], ", ".join(f"{name} {row['scores'][name]:.0f}" for name in
                                                        ("valid", "rouge_l", "tokens") if name in row["scores"]))
                       for label, row in rows.items()]
@@ -535,12 +608,10 @@ def main(cfg: Config) -> None:
     found = find(cfg.folders)
     kinds = ("evaluation", "training", "exposure", "calibration", "judge")
     evaluations, trainings, exposures, calibrations, judged = ([f for f in found if f.kind == kind] for kind in kinds)
-    tables = [*summary_table(evaluations), *result_tables(evaluations), *comparison(trainings, evaluations)]
-    tables += calibration_table(calibrations) if calibrations else []
-    tables += judge_table(judged) if judged else []
-    figures = [*sweep_figure(trainings, evaluations), *training_figure(trainings, cfg.smooth)]
-    figures += exposure_figure(exposures) if exposures else []
-    figures += length_figure(evaluations) + (reliability_figure(calibrations) if calibrations else [])
+    tables = [*summary_table(evaluations), *result_tables(evaluations), *comparison(trainings, evaluations),
+              *calibration_table(calibrations), *judge_table(judged)]
+    figures = [*sweep_figure(trainings, evaluations), *training_figure(trainings, cfg.smooth),
+               *exposure_figure(exposures), *length_figure(evaluations), *reliability_figure(calibrations)]
     body = "".join(part.html() for part in (*tables, *figures)) + answers_page(evaluations, cfg.prompts)
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(cfg.title)}</title>'
             f"<style>{STYLE}</style>\n<h1>{html.escape(cfg.title)}</h1>\n<p><code>{html.escape(command())}</code></p>\n"

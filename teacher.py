@@ -13,6 +13,7 @@ Left out: the paper's search over learning rates (give --lr); LoRA; ZeRO and FSD
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -46,6 +47,7 @@ from model import (
     GPT,
     GPTConfig,
     by_chunks,
+    check_zip,
     frozen,
     is_shape,
     load,
@@ -229,11 +231,15 @@ def begin(out: Path, cfg, free: set[str], m: Machine) -> bool:
 
 
 def save_state(out: Path, model: GPT, optimizer, scaler, step: int, best: dict | None) -> None:
-    """What a run is resumed from. Order, draws and dropout are functions of seed and step; the step stands for them."""
+    """What a run is resumed from, and beside it the state before, should this one be damaged. Order, draws and dropout
+    are functions of seed and step; the step stands for them."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
              "step": step, "best": best}
     with written_aside(out / "state.pt") as aside:
-        torch.save(state, aside)
+        with open(aside, "wb") as file:  # given a path, torch would not say that the disk is full
+            torch.save(state, file)
+        if (out / "state.pt").is_file():
+            os.replace(out / "state.pt", out / "state-before.pt")
 
 
 def load_state(out: Path, cfg, model: GPT, optimizer, scaler, m: Machine) -> tuple[int, dict | None]:
@@ -241,12 +247,16 @@ def load_state(out: Path, cfg, model: GPT, optimizer, scaler, m: Machine) -> tup
     flags in run.json, and cuts log.jsonl back to where the run goes on."""
     state = {"step": 0, "best": None}
     logged = -1  # without a state even the lines of update 0 will be written again
-    if (out / "state.pt").is_file():
+    path, before = out / "state.pt", out / "state-before.pt"
+    if before.is_file() and not path.is_file():  # killed between two names
+        path = before
+    if path.is_file():
         try:
-            state = torch.load(out / "state.pt", map_location=m.device, weights_only=True)
+            check_zip(path)
+            state = torch.load(path, map_location=m.device, weights_only=True)
         except Exception as error:  # pickle, zip and torch have one each for a broken file
-            raise UserError(f"{out / 'state.pt'} is damaged ({type(error).__name__}): remove {out} to begin anew"
-                            ) from None
+            other = f"; {before} is older: remove {path.name}, and --resume takes that" if before.is_file() else ""
+            raise UserError(f"{path} is damaged ({type(error).__name__}): remove {out} to begin anew{other}") from None
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty unless it was float16
@@ -267,7 +277,8 @@ def finish(out: Path, m: Machine, results: dict) -> dict:
     """results.json marks a run as finished; its state is not needed any more."""
     if m.rank == 0:
         write_json(out / "results.json", results)
-        (out / "state.pt").unlink(missing_ok=True)
+        for name in ("state.pt", "state-before.pt"):
+            (out / name).unlink(missing_ok=True)
     m.barrier()
     return results
 

@@ -15,8 +15,8 @@ def commands(world: World):
         yield world.start()
     for method in ("SFT", "KD", "SeqKD", "MiniLLM"):
         model = f"{world.folder('start')}/{method.lower()}" if world.tiny else f"MiniLLM/{method}-gpt2-120M"
-        yield ["exposure.py", f"--model={model}", f"--teacher={world.teacher}",
-               f"--out={world.folder('exposure')}/{method.lower()}"]
+        out = world.folder("exposure") if world.tiny else world.shared("exposure")
+        yield ["exposure.py", f"--model={model}", f"--teacher={world.teacher}", f"--out={out}/{method.lower()}"]
 
 
 if __name__ == "__main__":

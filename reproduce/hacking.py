@@ -1,4 +1,4 @@
-"""Reward hacking: without length normalisation and without the mixture reverse KL falls while answers degenerate.
+"""Reward hacking: without the paper's three strategies reverse KL falls in training while answers degenerate.
 
 The paper:      Section 2.2 and its Table 8 of failures ("We to know"): short or repeated phrases that the teacher finds
                 likely.

@@ -17,7 +17,7 @@ MODELS = ["teacher-gpt2-1.5B"] + [f"{method}-gpt2-{size}" for size in ("120M", "
 def commands(world: World):
     for model in MODELS if not world.tiny else ():
         yield ["eval.py", f"--model=MiniLLM/{model}", "--data=all", "--no_repeat_ngram=6",
-               f"--out={world.folder('released')}/{model}"]
+               f"--out={world.shared('released')}/{model}"]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def commands(world: World):
         yield world.start()
         return
     for name in ("teacher-gpt2-1.5B", "SFT-gpt2-120M", "KD-gpt2-120M", "SeqKD-gpt2-120M", "MiniLLM-gpt2-120M"):
-        yield ["eval.py", f"--model=MiniLLM/{name}", "--data=dolly,self-inst", f"--out={world.folder('eval')}/{name}"]
+        yield ["eval.py", f"--model=MiniLLM/{name}", "--data=dolly,self-inst", f"--out={world.shared('eval')}/{name}"]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ def commands(world: World):
     for variant in ("start", "no-plain-text"):
         model, out = f"{world.folder(variant)}/minillm", world.folder(f"text-{variant}")
         if world.tiny:
-            yield ["eval.py", f"--model={model}", "--corpus=tiny-text", f"--out={out}"]
+            yield ["eval.py", f"--model={model}", "--corpus=tiny-text", "--max_prompt_tokens=16",
+                   "--max_response_tokens=28", f"--out={out}"]
         else:
             yield ["calibration.py", f"--model={model}", "--data=boolq_dev.jsonl,dev.tsv", f"--out={out}"]
 

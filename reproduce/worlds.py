@@ -14,6 +14,7 @@ Run:      python reproduce/table4.py                         all seeds of the ti
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,6 +56,10 @@ class World:
     def folder(self, variant: str) -> str:
         return f"out/reproduce/{self.name}/seed-{self.seed}/{variant}"
 
+    def shared(self, variant: str) -> str:
+        """The folder of what is the same for all seeds."""
+        return f"out/reproduce/{self.name}/{variant}"
+
     @property
     def teacher(self) -> str:
         return self.folder("start") + "/teacher" if self.tiny else "MiniLLM/teacher-gpt2-1.5B"
@@ -82,23 +87,37 @@ class World:
         return self.distill(name, *(f for f in same if f.split("=")[0] not in given), *flags)
 
 
-def run(commands: Callable[[World], Iterator[Command]], report: str, *flags: str) -> None:
-    """Runs the commands of each seed, then report.py over the folders that they name by --out, with these flags."""
-    config.run(lambda cfg: go(cfg, commands, report, flags), Config)
+def run(commands: Callable[[World], Iterator[Command]], report: str) -> None:
+    """Runs the commands of each seed, then report.py over the folders that they name by --out."""
+    config.run(lambda cfg: go(cfg, commands, report), Config)
 
 
-def go(cfg: Config, commands: Callable[[World], Iterator[Command]], report: str, flags: tuple[str, ...]) -> None:
+def go(cfg: Config, commands: Callable[[World], Iterator[Command]], report: str) -> None:
     count = cfg.seeds or (5 if cfg.world == "tiny" else 1)
-    work = [list(commands(World(cfg.world, seed))) for seed in range(1, count + 1)]
+    work, made = [list(commands(World(cfg.world, seed))) for seed in range(1, count + 1)], []
+    for n, seed in enumerate(work):  # what is the same for all seeds is done once
+        work[n] = [command for command in seed if not any(command in earlier for earlier in work[:n])]
     if not any(work):
         raise UserError(f"--world={cfg.world} has nothing of this: give --world=paper")
-    for command in (command for seed in work for command in seed if cfg.limit and command[0] in MEASURES):
-        command.append(f"--limit={cfg.limit}")
-    made = [f.removeprefix("--out=") for seed in work for command in seed for f in command if f.startswith("--out=")]
-    last = ["report.py", *dict.fromkeys(made), f"--out=out/reproduce/{cfg.world}/{report}", *flags]
+    for command in (command for seed in work for command in seed):
+        if cfg.limit and command[0] in MEASURES:
+            command.append(f"--limit={cfg.limit}")
+        made += [f.removeprefix("--out=") for f in command if f.startswith("--out=")]
+    failed = threading.Event()
+
+    def do(seed: list[Command]) -> None:
+        for command in seed:
+            if failed.is_set():  # a seed that fails stops the others, behind their present command
+                return
+            try:
+                call(command, cfg.dry_run)
+            except UserError:
+                failed.set()
+                raise
+
     with ThreadPoolExecutor(cfg.jobs) as pool:
-        list(pool.map(lambda seed: [call(command, cfg.dry_run) for command in seed], work))
-    call(last, cfg.dry_run)
+        list(pool.map(do, work))
+    call(["report.py", *dict.fromkeys(made), f"--out=out/reproduce/{cfg.world}/{report}"], cfg.dry_run)
 
 
 def call(command: Command, dry_run: bool) -> None:

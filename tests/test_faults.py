@@ -3,6 +3,8 @@
 MINILLM_KILLS=50 pytest tests/test_faults.py kills fifty times instead of three."""
 
 import dataclasses
+import errno
+import hashlib
 import json
 import os
 import random
@@ -16,22 +18,43 @@ from conftest import random_gpt, refused, weights
 import config
 import distill
 import teacher as supervised
-from config import Stopped, held
-from model import KVCache
+from config import Stopped, UserError, held, make
+from model import KVCache, intact, load, save
 from sample import sample, uniforms
 
 KILLS = int(os.environ.get("MINILLM_KILLS", 3))
 # every stage of the built-in world at a few updates
-SMALL = dict(teacher="1x2x12", student="1x2x8", baselines="seqkd", steps=8, rollouts=8, minibatch=4, inner_epochs=2,
-             eval_every=4, valid_limit=4, eval_seeds=2, max_tokens=24)
+SMALL = dict(preset="tiny", teacher="1x2x12", student="1x2x8", baselines="seqkd", steps=8, warmup_steps=0, rollouts=8,
+             minibatch=4, inner_epochs=2, eval_every=4, valid_limit=4, eval_seeds=2, max_tokens=24, device="cpu")
 
 
-@pytest.fixture
-def small(distill_config, monkeypatch):
+def shorten(monkeypatch) -> None:
     for name in ("TINY_TEACHER", "TINY_INIT", "TINY_BASELINE"):
         few = dict(evals=2) | (dict(updates=6) if name != "TINY_BASELINE" else {})
         monkeypatch.setattr(distill, name, getattr(distill, name) | few)
-    return lambda **settings: distill_config(**SMALL | settings)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A function that makes a Config of a small run in tmp_path / "run"."""
+    shorten(monkeypatch)
+    return lambda **settings: make(distill.Config, SMALL | dict(out=str(tmp_path / "run")) | settings, distill.presets)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of the small run, uninterrupted."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        distill.main(make(distill.Config, SMALL | dict(out=str(out)), distill.presets))
+    return out
+
+
+def same_bits(out, whole, *stages: str) -> None:
+    for stage in stages:
+        there = weights(out / stage)
+        assert all(torch.equal(tensor, there[name]) for name, tensor in weights(whole / stage).items()), stage
 
 
 def signal_at(monkeypatch, module, step: int, *signums: int) -> None:
@@ -48,10 +71,8 @@ def signal_at(monkeypatch, module, step: int, *signums: int) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(signum, small, tmp_path, monkeypatch, capsys):
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(signum, small, finished, tmp_path, monkeypatch, capsys):
     """The teacher's second update is then its last; in phase 2 what was sampled is used up first, in four updates."""
-    whole = small(out=str(tmp_path / "whole"), baselines="")
-    distill.main(whole)
     cfg = small(baselines="")
     for module, step, saved in ((supervised, 2, "teacher: stopped and saved after update 2"),
                                 (distill, 2, "minillm: stopped and saved after update 4")):
@@ -63,9 +84,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(signum, small, tmp_
         assert "a second one stops at once" in capsys.readouterr().err
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     distill.main(dataclasses.replace(cfg, resume=True))
-    for stage in ("teacher", "init", "minillm"):
-        there = weights(tmp_path / "run" / stage)
-        assert all(torch.equal(tensor, there[name]) for name, tensor in weights(tmp_path / "whole" / stage).items())
+    same_bits(tmp_path / "run", finished, "teacher", "init", "minillm")
 
 
 def test_a_second_signal_stops_at_once(small, monkeypatch):
@@ -130,7 +149,7 @@ def killed_after(seconds: float, cfg: distill.Config) -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
-def test_killed_at_any_moment(small, tmp_path, capfd):
+def test_killed_at_any_moment(small, finished, tmp_path, capfd):
     """SIGKILL in whatever stage, write or evaluation it is: the next run goes on, and ends with the same bits."""
     began = time.monotonic()
     assert killed_after(600, small(out=str(tmp_path / "whole")))
@@ -141,20 +160,110 @@ def test_killed_at_any_moment(small, tmp_path, capfd):
         cfg = small(out=str(out), resume=True)
         while not killed_after(chance.uniform(0, takes), cfg):
             killed += 1
-        for stage in ("teacher", "init", "seqkd", "minillm"):
-            there = weights(out / stage)
-            assert all(torch.equal(tensor, there[name]) for name, tensor in weights(tmp_path / "whole" / stage).items())
+        same_bits(out, finished, "teacher", "init", "seqkd", "minillm")
         for file in ("answers.jsonl", "minillm/samples.jsonl", "test/minillm/samples.jsonl"):
-            assert (out / file).read_text() == (tmp_path / "whole" / file).read_text()
+            assert (out / file).read_text() == (finished / file).read_text()
         assert not list(out.rglob("state.pt"))
+
+
+# ---- disk -----------------------------------------------------------------------------------------------------------
+
+def flip(path) -> None:
+    """One bit, in the middle of the file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip, lambda path: path.write_bytes(path.read_bytes()[:-9])], ids=["flip", "cut"])
+def test_a_damaged_state_is_named_and_the_one_before_offered(damage, small, finished, tmp_path, monkeypatch):
+    cfg = small(baselines="", resume=True)
+    with monkeypatch.context() as patch:  # validated and saved at 0 and 4, then stopped
+        signal_at(patch, distill, 5, signal.SIGINT, signal.SIGINT)
+        with pytest.raises(Stopped):
+            distill.main(cfg)
+    state = tmp_path / "run" / "minillm" / "state.pt"
+    damage(state)
+    refused(lambda: distill.main(cfg), f"{state} is damaged", "state-before.pt", "remove state.pt")
+    state.unlink()
+    distill.main(cfg)
+    same_bits(tmp_path / "run", finished, "minillm")
+
+
+def test_a_flipped_bit_in_weights_is_found(tmp_path):
+    save(random_gpt(), tmp_path / "a")
+    load(str(tmp_path / "a"))
+    flip(tmp_path / "a" / "model.safetensors")
+    refused(lambda: load(str(tmp_path / "a")), "model.safetensors is damaged", "checksum")
+    save(random_gpt(), tmp_path / "b")
+    torch.save(weights(tmp_path / "b"), tmp_path / "b" / "pytorch_model.bin")
+    (tmp_path / "b" / "model.safetensors").unlink()
+    load(str(tmp_path / "b"))
+    flip(tmp_path / "b" / "pytorch_model.bin")
+    refused(lambda: load(str(tmp_path / "b")), "pytorch_model.bin is damaged")
+
+
+def test_a_file_of_the_hubs_cache_is_what_its_name_says(tmp_path):
+    content = b"weights" * 1000
+    blob = tmp_path / hashlib.sha256(content).hexdigest()
+    blob.write_bytes(content)
+    for n in range(2):
+        (tmp_path / f"model-{n}.safetensors").symlink_to(blob)
+    assert intact(tmp_path / "model-0.safetensors") == tmp_path / "model-0.safetensors"
+    flip(blob)
+    refused(lambda: intact(tmp_path / "model-1.safetensors"), "is damaged", f"remove {blob}")
+
+
+@pytest.mark.parametrize("file", ["teacher/state.pt.part", "minillm/state.pt.part", "minillm/samples.jsonl.part",
+                                  "minillm/log.jsonl", "minillm/run.json.part",
+                                  "minillm/results.json.part", "answers.jsonl.part", "test/minillm/results.json.part",
+                                  "results.json.part"])
+def test_a_full_disk_loses_nothing(file, small, tmp_path, finished):
+    """Whatever is being written when there is no more room: one line, and with room again the same bits."""
+    full, cfg = tmp_path / "run" / file, small(resume=True)
+    full.parent.mkdir(parents=True)
+    full.symlink_to("/dev/full")
+    with pytest.raises((OSError, UserError), match="No space left on device") as caught:
+        distill.main(cfg)
+    assert "\n" not in str(caught.value)
+    full.unlink(missing_ok=True)
+    distill.main(cfg)
+    same_bits(tmp_path / "run", finished, "teacher", "init", "seqkd", "minillm")
+    assert not list((tmp_path / "run").rglob("*.part"))
+
+
+def test_weights_that_do_not_fit_onto_the_disk(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    save(random_gpt(1), tmp_path)
+    before = weights(tmp_path)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    refused(lambda: save(random_gpt(2), tmp_path), "model.safetensors", "No space left on device")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json"}
+
+
+def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch, capsys):
+    """As run() tells it; the system's own words, as root may write anywhere."""
+    def main(cfg):
+        raise PermissionError(errno.EACCES, "Permission denied", "out/x/run.json.part")
+
+    monkeypatch.setattr("sys.argv", ["distill.py"])
+    with pytest.raises(SystemExit) as ended:
+        config.run(main, dataclasses.make_dataclass("Config", [], frozen=True))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "distill.py: [Errno 13] Permission denied: 'out/x/run.json.part'\n"
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
-def test_out_of_memory_halves_the_micro_batch_and_changes_no_more(small, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_halves_the_micro_batch_and_changes_no_more(small, finished, tmp_path, monkeypatch, capsys):
     """In phase 2 and in a supervised stage: as if the GPU had room for two samples at most."""
-    cfg = small(baselines="", out=str(tmp_path / "whole"))
-    distill.main(cfg)
     forward, tried = supervised.GPT.forward, set()
 
     def too_many(model, tokens, *more):
@@ -170,7 +279,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_more(small, tmp_pat
     assert "--micro_batch=64 is 32 from here on" in said and said.count("out of memory") == 3 * 5
     assert {1, 2} <= tried
     for stage in ("teacher", "init", "minillm"):
-        logs = [(tmp_path / run / stage / "log.jsonl").read_text().splitlines() for run in ("whole", "run")]
+        logs = [(run / stage / "log.jsonl").read_text().splitlines() for run in (finished, tmp_path / "run")]
         for one, other in zip(*(map(json.loads, log) for log in logs), strict=True):
             for name in one.keys() & {"loss", "loss_single", "loss_long", "loss_pt", "reverse_kl", "grad_norm"}:
                 assert other[name] == pytest.approx(one[name], rel=2e-3, abs=1e-4), (stage, one["step"], name)

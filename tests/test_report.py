@@ -13,10 +13,13 @@ import exposure
 import report
 from report import comparison, curve, differing, figure_of, find, result_tables, smooth
 
+SETTINGS = ("no_repeat_ngram", "limit", "split")
+
 
 def evaluation(folder, model, data="tiny", rouge=(1.0, 3.0), parameters=5, **scores):
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"command": f"python eval.py --model={model}", "given": {"model": model}, "data": data, "prompts": 3,
+    given = {"model": model} | {name: scores.pop(name) for name in SETTINGS if name in scores}
+    content = {"command": f"python eval.py --model={model}", "given": given, "data": data, "prompts": 3,
                "seeds": [10, 20], "parameters": parameters, "seconds": 60.0, "peak_gib": 1.5,
                "scores": {"rouge_l": list(rouge)} | scores, "rouge_l_interval": [1, 2],
                "rouge_l_by_length": {"[0,5]": {"prompts": 1, "mean": rouge[0]}, "[11,inf)": {"prompts": 2, "mean": 2}}}
@@ -78,7 +81,7 @@ def test_two_evaluations_of_one_model_are_one_row(tmp_path):
 def test_spread_is_over_runs_or_over_the_seeds_of_a_single_one(tmp_path):
     evaluation(tmp_path / "a", "seed-1/m", rouge=(1.0, 3.0))
     one = find([str(tmp_path)])
-    assert figure_of(one, "rouge_l") == (2.0, pytest.approx(2**0.5), 2)
+    assert figure_of(one, "rouge_l") == (2.0, pytest.approx(2**0.5), 1)
     evaluation(tmp_path / "b", "seed-2/m", rouge=(5.0, 7.0))
     two = find([str(tmp_path)])
     assert figure_of(two, "rouge_l") == (4.0, pytest.approx(8**0.5), 2) and figure_of(two, "valid") is None
@@ -115,9 +118,12 @@ def test_curves(tmp_path):
     assert smooth(np.array([1.0, 3.0, 5.0, 7.0]), 2).tolist() == [1, 2, 4, 6]
     training(tmp_path, "out/x")
     steps, values = curve(tmp_path / "minillm" / "log.jsonl", "reverse_kl")
-    assert steps.tolist() == list(range(1, 9)) and values[4] == 1.0
-    assert [x.tolist() for x in curve(tmp_path / "minillm" / "log.jsonl", "valid")] == [[0], [10.0]]
-    assert len(curve(tmp_path / "minillm" / "log.jsonl", "rouge_l")[0]) == 0
+    assert steps == list(range(1, 9)) and values[4] == 1.0
+    assert curve(tmp_path / "minillm" / "log.jsonl", "valid") == ([0], [10.0])
+    assert curve(tmp_path / "minillm" / "log.jsonl", "rouge_l") == ([], [])
+    with open(tmp_path / "minillm" / "log.jsonl", "a") as file:
+        file.write('{"step": 9, "rever')  # as a run that goes on, or was killed, leaves it
+    assert curve(tmp_path / "minillm" / "log.jsonl", "reverse_kl")[0] == list(range(1, 9))
 
 
 def test_lines_can_be_told_apart_in_grey():
@@ -161,13 +167,10 @@ def test_folders_that_hold_nothing(tmp_path):
     refused(lambda: find([str(tmp_path)]), "results.json is not JSON")
 
 
-def test_lengths_are_compared_with_the_sft_of_the_same_size(tmp_path):
+def test_the_sft_of_the_same_size():
     assert report.sft_of("KD-gpt2-340M") == "sft-gpt2-340m" and report.sft_of("start/seqkd") == "start/sft"
     assert report.sft_of("start/init") == "start/sft" and report.sft_of("some/model") is None
-    for n, name in enumerate(("SFT-gpt2-120M", "KD-gpt2-120M", "MiniLLM-gpt2-340M")):
-        evaluation(tmp_path / name, f"MiniLLM/{name}", "dolly", (float(n), 1.0))
-    (figure,) = report.length_figure(find([str(tmp_path)]))
-    assert figure.file == "length-dolly"
+    assert report.sft_of("teacher-gpt2-1.5B") is None
 
 
 def test_several_sets_in_one_table(tmp_path):
@@ -189,15 +192,138 @@ def test_judgements_are_read_as_they_are_written(tmp_path):
         "given": given | {"against": "out/b/dolly"}, "kind": "pairwise", "win": {"percent": 60.0},
         "tie": {"percent": 10.0}, "loss": {"percent": 30.0}}))
     (table,) = report.judge_table(find([str(tmp_path)]))
-    assert [row[2] for row in table.rows] == ["win 60.0, tie 10.0, loss 30.0 against out/b/dolly",
+    assert [row[3] for row in table.rows] == ["win 60.0, tie 10.0, loss 30.0 against out/b/dolly",
                                               "44.7 (40.0 to 50.0)"]
+    evaluation(tmp_path, "MiniLLM/KD-gpt2-120M", "dolly", parameters=124_439_808)  # of the answers that were judged
+    found = [item for item in find([str(tmp_path)]) if item.kind == "judge"]
+    beside = {row[3][:4]: row[:2] + row[4:5] for row in report.judge_table(found)[0].rows}
+    assert beside == {"win ": ["KD-gpt2-120M", "dolly", ""], "44.7": ["KD-gpt2-120M", "dolly", "40.3"]}
 
 
-def test_calibration_is_read_as_it_is_written(tmp_path):
+def calibrated(folder, model, probabilities, labels, task="boolq", bins=5):
     import calibration
-    r = calibration.measure(np.array([[0.3, 0.7], [0.9, 0.1], [0.6, 0.4]]), np.array([1, 0, 1]), bins=5)
-    (tmp_path / "calibration.json").write_text(json.dumps({
-        "command": "python calibration.py", "given": {"model": "a/m"}, "tasks": {"boolq": r}}))
+    folder.mkdir(parents=True, exist_ok=True)
+    r = calibration.measure(np.array(probabilities), np.array(labels), bins)
+    (folder / "calibration.json").write_text(json.dumps({
+        "command": "python calibration.py", "given": {"model": model, "data": f"{task}.x"}, "tasks": {task: r}}))
+
+
+def test_calibration_is_over_runs_and_tasks(tmp_path):
+    calibrated(tmp_path / "1", "out/seed-1/m", [[0.3, 0.7], [0.9, 0.1], [0.6, 0.4], [0.8, 0.2]], [1, 0, 1, 1])
+    calibrated(tmp_path / "2", "out/seed-2/m", [[0.3, 0.7], [0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], [1, 0, 1, 1])
+    calibrated(tmp_path / "3", "out/seed-1/m", [[0.3, 0.7]], [1], "sst2")
     found = find([str(tmp_path)])
-    assert report.calibration_table(found)[0].rows == [["m", "boolq", "66.7", "66.7", "0.333"]]
-    assert report.reliability_figure(found)[0].file == "reliability"
+    rows = report.calibration_table(found)[0].rows
+    assert rows[0][:5] == ["m", "2", "boolq", "62.5 ± 17.7", "75.0 ± 0.0"]
+    assert rows[1][:4] == ["m", "1", "sst2", "100.0"]
+    (figure,) = report.reliability_figure(found)
+    assert figure.file == "reliability" and set(figure.panels) == {"boolq", "sst2"}
+    confidence, accuracy = figure.panels["boolq"]["m"]
+    assert confidence == pytest.approx([0.6, (0.7 * 2 + 0.8 * 2) / 4, 0.9]) and accuracy == pytest.approx([0, 0.75, 1])
+
+
+def test_curves_are_means_over_the_runs_that_have_a_step(tmp_path):
+    """Seed 2 was stopped after two updates: the first two points are means, the others seed 1's."""
+    for seed, values in ((1, [4.0, 2.0, 1.0, 0.5]), (2, [8.0, 4.0])):
+        run_of(tmp_path, seed, "start", 50.0)
+        lines = [{"step": n, "reverse_kl": x} for n, x in enumerate(values, 1)]
+        (tmp_path / f"seed-{seed}" / "start" / "minillm" / "log.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines))
+    (figure,) = report.training_figure([f for f in find([str(tmp_path)]) if f.kind == "training"], 32)
+    x, y = figure.panels["reverse_kl"]["minillm"]
+    assert x.tolist() == [1, 2, 3, 4] and y.tolist() == [6, 3, 1, 0.5]
+    (tmp_path / "seed-1" / "start" / "minillm" / "log.jsonl").write_text("")
+    (tmp_path / "seed-2" / "start" / "minillm" / "log.jsonl").write_text("")
+    assert report.training_figure([f for f in find([str(tmp_path)]) if f.kind == "training"], 32) == []
+
+
+def exposed(folder, model, curve, **given):
+    folder.mkdir(parents=True)
+    content = {"command": "python exposure.py", "given": {"model": model, "teacher": "t"} | given, "data": "tiny",
+               "ex_acc_err": curve, "low": [x - 1 for x in curve], "high": [x + 2 for x in curve]}
+    (folder / "exposure.json").write_text(json.dumps(content))
+
+
+def test_exposure_bias_is_drawn_with_its_band(tmp_path):
+    exposed(tmp_path / "1", "out/seed-1/m", [0.0, 10.0, 20.0])
+    (figure,) = report.exposure_figure(find([str(tmp_path)]))
+    assert [values.tolist() for values in figure.panels[""]["m"]] == [[1, 2, 3], [0, 10, 20], [-1, 9, 19], [2, 12, 22]]
+    exposed(tmp_path / "2", "out/seed-2/m", [0.0, 30.0])
+    (figure,) = report.exposure_figure(find([str(tmp_path)]))
+    assert [values.tolist() for values in figure.panels[""]["m"]] == [[1, 2, 3], [0, 20, 20], [0, 10, 20], [0, 30, 20]]
+    exposed(tmp_path / "3", "out/seed-1/m", [0.0, 5.0], teacher="another")
+    assert {item.name for item in find([str(tmp_path)])} == {"m (teacher=t)", "m (teacher=another)"}
+
+
+def test_bars_are_less_the_sft_of_the_same_size(tmp_path):
+    for n, name in enumerate(("SFT-gpt2-120M", "KD-gpt2-120M", "MiniLLM-gpt2-340M", "teacher-gpt2-1.5B")):
+        evaluation(tmp_path / name, f"MiniLLM/{name}", "dolly", (3.0 * n + 1, 1.0))
+    (figure,) = report.length_figure(find([str(tmp_path)]))
+    assert figure.panels[""] == {"KD-gpt2-120M": [3.0, 0.0]}
+
+
+def test_teachers_of_growing_size_with_seqkd(tmp_path):
+    for n, (name, size) in enumerate((("a", 100), ("b", 30))):
+        out = f"out/seed-1/{name}"
+        training(tmp_path / name, out, teacher=f"{out}/teacher")
+        evaluation(tmp_path / name / "test" / "minillm", f"{out}/minillm", valid=[50.0 + n])
+        evaluation(tmp_path / name / "test" / "seqkd", f"{out}/seqkd", valid=[20.0 + n])
+        evaluation(tmp_path / name / "test" / "teacher", f"{out}/teacher", parameters=size, valid=[90.0])
+    found = find([str(tmp_path)])
+    (figure,) = report.sweep_figure(*([f for f in found if f.kind == k] for k in ("training", "evaluation")))
+    values = {method: {x: point[0] for x, point in line.items()} for method, line in figure.panels["valid"].items()}
+    assert figure.file == "teachers" and values == {"minillm": {100: 50, 30: 51}, "seqkd": {100: 20, 30: 21}}
+
+
+def test_what_was_measured_otherwise_is_a_row_of_its_own(tmp_path):
+    evaluation(tmp_path / "a", "out/m", "dolly", (10.0, 10.0), no_repeat_ngram=0)
+    evaluation(tmp_path / "b", "./out/m/", "dolly", (90.0, 90.0), no_repeat_ngram=6)
+    evaluation(tmp_path / "c", "out/m", "dolly", (10.0, 10.0), no_repeat_ngram=0)  # the first once more
+    assert [row[:3] for row in result_tables(find([str(tmp_path)]))[0].rows] == [
+        ["m (no_repeat_ngram=0)", "1", "10.00 ± 0.00"], ["m (no_repeat_ngram=6)", "1", "90.00 ± 0.00"]]
+
+
+def test_a_part_of_a_set_is_not_set_beside_the_papers_figure(tmp_path):
+    for n, given in enumerate(({"limit": None, "split": "test"}, {"limit": 20}, {"split": "valid"})):
+        evaluation(tmp_path / str(n), f"MiniLLM/SFT-gpt2-120M-{n}", "dolly", parameters=124_439_808, **given)
+    found = find([str(tmp_path)])
+    assert [report.of_paper(item) for item in sorted(found, key=lambda item: item.path)] == [23.3, None, None]
+
+
+def test_flags_that_change_no_result_are_no_ablation(tmp_path):
+    for n, mix_alpha in enumerate((0.0, 0.2, 0.4)):
+        run_of(tmp_path, 1, f"alpha-{n}", 50.0 + n, mix_alpha=mix_alpha, micro_batch=n, sample_batch=n, device=str(n))
+    found = find([str(tmp_path)])
+    (figure,) = report.sweep_figure(*([f for f in found if f.kind == k] for k in ("training", "evaluation")))
+    assert {x: point[0] for x, point in figure.panels["valid"]["minillm"].items()} == {0.0: 50, 0.2: 51, 0.4: 52}
+
+
+def test_a_metric_that_few_runs_have_says_so(tmp_path):
+    run_of(tmp_path, 1, "start", 90.0)
+    run_of(tmp_path, 2, "start", 70.0)
+    evaluation(tmp_path / "text", "out/seed-1/start/minillm", text_loss=[2.0])
+    (table,) = result_tables([f for f in find([str(tmp_path)]) if f.kind == "evaluation"])
+    row = dict(zip(table.header, table.rows[0]))
+    assert row["valid"] == "80.00 ± 14.14" and row["text_loss"] == "2.00 (of 1)" and row["runs"] == "2"
+
+
+def test_more_models_than_lines_are_said(tmp_path):
+    for n in range(20):
+        exposed(tmp_path / str(n), f"out/m{n}", [0.0, 1.0])
+    (figure,) = report.exposure_figure(find([str(tmp_path)]))
+    assert "Of 20 models the first 16 are drawn" in figure.about
+
+
+def test_odd_text_is_no_trouble(tmp_path):
+    """Line separators inside an answer, dollars in a name, a file that is still being written, foreign files."""
+    run_of(tmp_path, 1, "a$\\x{$", 50.0)
+    samples = tmp_path / "seed-1" / "a$\\x{$" / "test" / "minillm" / "samples.jsonl"
+    row = json.loads(samples.read_text().splitlines()[0]) | {"answer": "one\u2028two\x85three"}
+    samples.write_text(json.dumps(row, ensure_ascii=False) + "\n" + '{"seed": 1', encoding="utf-8")
+    (tmp_path / "results.json").write_text('{"scores": 1}')
+    (tmp_path / "judges.json").write_text("{}")
+    (tmp_path / "exposure.json").write_text("[]")
+    report.main(report.Config((str(tmp_path),), out=str(tmp_path / "report")))
+    assert "one\u2028two\x85three" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    samples.write_text('{"seed": 1\n')
+    refused(lambda: report.main(report.Config((str(tmp_path),), out=str(tmp_path / "report"))), "samples.jsonl", "JSON")

@@ -3,12 +3,14 @@
 import importlib
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from conftest import refused
 
-from config import parse
+from config import UserError, parse
 
 FOLDER = Path(__file__).parent.parent / "reproduce"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "worlds")
@@ -46,22 +48,50 @@ def test_commands_run_in_order_then_the_report(worlds, monkeypatch, capsys):
     monkeypatch.setattr(worlds.subprocess, "run", lambda command, **more: ran.append(command) or
                         subprocess.CompletedProcess(command, 0))
     commands = lambda world: iter([world.start(), world.variant("x", "--gamma=0.5")])
-    worlds.go(worlds.Config(seeds=2), commands, "test", ("--prompts=1",))
+    worlds.go(worlds.Config(seeds=2), commands, "test")
     assert [command[0] for command in ran] == [sys.executable] * 5
     assert [command[-1] for command in ran[1:5:2]] == ["--gamma=0.5"] * 2
     folders = [f"out/reproduce/tiny/seed-{seed}/{name}" for seed in (1, 2) for name in ("start", "x")]
-    assert ran[-1][1:] == ["report.py", *folders, "--out=out/reproduce/tiny/test", "--prompts=1"]
+    assert ran[-1][1:] == ["report.py", *folders, "--out=out/reproduce/tiny/test"]
     ran.clear()
-    worlds.go(worlds.Config(seeds=1, dry_run=True), commands, "test", ())
+    worlds.go(worlds.Config(seeds=1, dry_run=True), commands, "test")
     assert not ran and capsys.readouterr().out.count("$ python distill.py") == 6
 
 
 def test_a_try_with_few_prompts(worlds, capsys):
     released = importlib.import_module("released")
-    worlds.go(worlds.Config(world="paper", limit=7, dry_run=True), released.commands, "released", ())
+    worlds.go(worlds.Config(world="paper", limit=7, dry_run=True), released.commands, "released")
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 14 and all(line.endswith("--limit=7") for line in printed[:-1])
-    refused(lambda: worlds.go(worlds.Config(), released.commands, "released", ()), "--world=tiny", "--world=paper")
+    refused(lambda: worlds.go(worlds.Config(), released.commands, "released"), "--world=tiny", "--world=paper")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_seed_that_fails_stops_the_others(jobs, worlds, monkeypatch):
+    ran = []
+
+    def call(command, dry_run):
+        ran.append(command)
+        if command[1] == "--seed=1":
+            raise UserError("stopped")
+        time.sleep(0.2)
+
+    monkeypatch.setattr(worlds, "call", call)
+    commands = lambda world: iter([["distill.py", f"--seed={world.seed}", f"--n={n}"] for n in range(9)])
+    refused(lambda: worlds.go(worlds.Config(seeds=4, jobs=jobs), commands, "test"), "stopped")
+    assert len(ran) <= jobs + 1 and ran[-1][0] == "distill.py"
+
+
+def test_jobs_are_worked_on_at_a_time(worlds, monkeypatch):
+    together = threading.Barrier(3, timeout=20)
+    monkeypatch.setattr(worlds, "call", lambda command, dry_run: command[0] == "report.py" or together.wait())
+    worlds.go(worlds.Config(seeds=3, jobs=3), lambda world: iter([["distill.py", f"--seed={world.seed}"]]), "test")
+
+
+def test_what_is_the_same_for_all_seeds_is_done_once(worlds, capsys):
+    released = importlib.import_module("released")
+    worlds.go(worlds.Config(world="paper", seeds=3, dry_run=True), released.commands, "released")
+    assert capsys.readouterr().out.count("eval.py") == 13
 
 
 def test_a_command_that_fails_stops_the_script(worlds):
