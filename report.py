@@ -142,14 +142,13 @@ def named(items: list[Found]) -> list[Found]:
         alike.setdefault((item.kind, item.name, item.data), []).append(item)
     for group in alike.values():
         for item, differ in [(item, differing(group)) for item in group if item.kind != "judge"]:
-            differ = [name for name in differ if name != "weights"]
             item.name += f" ({', '.join(f'{name}={plain(item.settings.get(name))}' for name in differ)})" * bool(differ)
     return items
 
 
 def differing(items: Sequence[Found]) -> list[str]:
-    """The settings in which these differ."""
-    known = dict.fromkeys(name for item in items for name in item.settings)
+    """The settings in which these differ; when their weights were written is none."""
+    known = dict.fromkeys(name for item in items for name in item.settings if name != "weights")
     return [name for name in known if len({repr(item.settings.get(name)) for item in items}) > 1]
 
 
@@ -276,11 +275,16 @@ def result_tables(evaluations: list[Found]) -> list[Table]:
     return tables
 
 
-def tested(trainings: Iterable[Found], evaluations: Sequence[Found]) -> dict[str, list[Found]]:
-    """The evaluations of each model on the set that its run is tested with."""
-    sets = {item.name: item.content.get("test_data") or item.content["data"] for item in trainings}
-    return {name: group for name in sets
-            if (group := [item for item in evaluations if item.name == name and item.data == sets[name]])}
+def tested(trainings: Iterable[Found], evaluations: Sequence[Found], method: str = "minillm") -> dict[str, list[Found]]:
+    """For each name of runs the evaluations of what they made, or of another method beside it, on the set that they are
+    tested with; if that was done with several settings, those of the first."""
+    results = {}
+    for name, group in grouped(trainings).items():
+        models = {str(Path(item.model).with_name(method)) for item in group}
+        data = group[0].content.get("test_data") or group[0].content["data"]
+        found = [item for item in evaluations if item.model in models and item.data == data]
+        results[name] = [item for item in found if not differing([item, found[0]])]
+    return {name: found for name, found in results.items() if found}
 
 
 def comparison(trainings: list[Found], evaluations: list[Found]) -> list[Table]:
@@ -507,15 +511,12 @@ def sweep_figure(trainings: list[Found], evaluations: list[Found]) -> list[Figur
         title, about, file, xlabel = "Size of the teacher", "Figure 5.", "teachers", "parameters of the teacher"
     else:
         return []
-    on = {item.content.get("test_data") or item.content["data"] for item in trainings}
-    results = grouped(item for item in evaluations if item.data in on)
     metric = "valid" if any("valid" in item.content["scores"] for item in evaluations) else "rouge_l"
     lines = {}
-    for name, group in grouped(trainings).items():
-        for method in methods:
-            figure = figure_of(results.get("/".join([*name.split("/")[:-1], method]), []), metric)
-            if figure:
-                lines.setdefault(method, {})[place(group[0])] = figure
+    for method in methods:
+        for name, found in tested(trainings, evaluations, method).items():
+            if figure := figure_of(found, metric):
+                lines.setdefault(method, {})[place(grouped(trainings)[name][0])] = figure
     xs = sorted({x for line in lines.values() for x in line})
     if len(xs) < 2:
         return []

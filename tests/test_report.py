@@ -78,6 +78,18 @@ def test_two_evaluations_of_one_model_are_one_row(tmp_path):
     assert rows["start/minillm"]["valid"] == "90.00" and rows["start/minillm"]["runs"] == "1"
 
 
+def test_an_ablation_goes_by_the_settings_of_the_runs_own_test(tmp_path):
+    """A second evaluation of one run, with other settings and under another name, does not stand in for it."""
+    for seed, valid in ((1, 90.0), (2, 70.0)):
+        run_of(tmp_path, seed, "start", valid)
+        run_of(tmp_path, seed, "other", valid, gamma=0.5)
+    evaluation(tmp_path / "seed-1" / "z", "out/seed-1/start/minillm", valid=[0.0], limit=3)
+    found = find([str(tmp_path)])
+    (table,) = comparison(*([f for f in found if f.kind == kind] for kind in ("training", "evaluation")))
+    assert [row[:4] for row in table.rows] == [["other/minillm", "2", "0.5", "80.00 ± 14.14"],
+                                               ["start/minillm", "2", "None", "80.00 ± 14.14"]]
+
+
 def test_spread_is_over_runs_or_over_the_seeds_of_a_single_one(tmp_path):
     evaluation(tmp_path / "a", "seed-1/m", rouge=(1.0, 3.0))
     one = find([str(tmp_path)])
