@@ -85,7 +85,11 @@ def parse(Config: type, argv: list[str], presets: Callable[[dict], dict] | None 
         near = difflib.get_close_matches(name, names.values(), n=1)
         parser.error(f"unknown flag {name}" + (f" (did you mean {near[0]}?)" if near else "; --help lists them"))
     try:
-        given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+        given = vars(given)
+        for name in [name for name, value in given.items() if isinstance(value, list)]:
+            given[name] = tuple(given[name])
+            if hints[name] != tuple[str, ...]:  # argparse takes "--" for no value at all
+                parser.error(f"argument --{name}: a value is missing")
         return make(Config, given, presets)
     except UserError as error:
         parser.error(str(error))

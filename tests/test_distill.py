@@ -5,8 +5,10 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -435,28 +437,54 @@ def test_reverse_kl_falls(distill_config, tmp_path):
     assert after < 0.8 * before
 
 
-def test_two_processes_do_what_one_does(tiny_models, tmp_path):
-    """The same global batch over gloo: the same losses, step for step, to rounding."""
-    logs, threads = {}, {"OMP_NUM_THREADS": "1"}
-    for world in (1, 2):
-        out = tmp_path / str(world)
-        settings = dict(preset="tiny", **tiny_models, out=out, baselines="", steps=4, rollouts=12, minibatch=6,
-                        inner_epochs=2, valid_limit=1, eval_seeds=2, warmup_steps=1, ignore_memory="True",
-                        device="cpu")
-        flags = [f"--{name}={value}" for name, value in settings.items()]
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
-        done = subprocess.run([sys.executable, *launch, "distill.py", *flags], cwd=Path(distill.__file__).parent,
-                              env=os.environ | threads, capture_output=True, text=True, timeout=300)
+def launched(world: int, out: Path, tiny_models: dict, **settings) -> list[str]:
+    """A command: distill.py in so many processes."""
+    small = dict(preset="tiny", **tiny_models, out=out, baselines="", steps=4, rollouts=12, minibatch=6, inner_epochs=2,
+                 valid_limit=1, eval_seeds=2, warmup_steps=1, ignore_memory="True", device="cpu")
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
+    return [sys.executable, *launch, "distill.py", *(f"--{name}={value}" for name, value in (small | settings).items())]
+
+
+AT = dict(cwd=Path(distill.__file__).parent, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def same_losses(one: list[dict], two: list[dict]) -> None:
+    """Step for step, to rounding."""
+    for a, b in zip(one, two, strict=True):
+        for name, value in a.items():
+            if not name.endswith("seconds") and name != "logp_gap":
+                assert b[name] == pytest.approx(value, rel=2e-3, abs=1e-4), name
+
+
+def test_several_processes_do_what_one_does(tiny_models, tmp_path):
+    """The same global batch over gloo, in one, two and four processes, accumulated one, two and more times."""
+    for world, micro_batch in ((1, 64), (2, 2), (4, 1)):
+        done = subprocess.run(launched(world, tmp_path / str(world), tiny_models, micro_batch=micro_batch), **AT,
+                              capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("written to") == 1  # one process speaks
-        logs[world] = lines(out / "minillm")
-    for one, two in zip(logs[1], logs[2]):
-        for name, value in one.items():
-            if not name.endswith("seconds") and name != "logp_gap":
-                assert two[name] == pytest.approx(value, rel=2e-3, abs=1e-4), name
-    test = [json.loads((tmp_path / str(world) / "results.json").read_text()) for world in (1, 2)]
-    assert [row["method"] for row in test[0]] == ["teacher", "init", "minillm"] == [row["method"] for row in test[1]]
-    assert test[0][0]["rouge_l"] == pytest.approx(test[1][0]["rouge_l"])
+        same_losses(lines(tmp_path / "1" / "minillm"), lines(tmp_path / str(world) / "minillm"))
+    one, *more = (json.loads((tmp_path / str(world) / "results.json").read_text()) for world in (1, 2, 4))
+    for test in more:
+        assert [row["method"] for row in one] == ["teacher", "init", "minillm"] == [row["method"] for row in test]
+        assert one[0]["rouge_l"] == pytest.approx(test[0]["rouge_l"])
+
+
+def test_a_process_that_dies_ends_the_run_and_another_number_goes_on(tiny_models, tmp_path):
+    settings = dict(steps=24, eval_every=4)
+    assert subprocess.run(launched(1, tmp_path / "whole", tiny_models, **settings), **AT, timeout=300).returncode == 0
+    out, children = tmp_path / "run", []
+    run = subprocess.Popen(launched(2, out, tiny_models, **settings), **AT, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.PIPE, text=True)
+    while not (out / "minillm" / "state-before.pt").exists():  # two states have been saved
+        assert run.poll() is None, run.stderr.read()
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split() or children
+        time.sleep(0.01)
+    os.kill(int(children[-1]), signal.SIGKILL)
+    told = run.communicate(timeout=300)[1]
+    assert run.returncode != 0 and "SIGKILL" in told
+    assert subprocess.run(launched(1, out, tiny_models, **settings, resume=True), **AT, timeout=300).returncode == 0
+    same_losses(lines(tmp_path / "whole" / "minillm"), lines(out / "minillm"))
 
 
 # ---- all stages -----------------------------------------------------------------------------------------------------
