@@ -170,6 +170,7 @@ class Config:
     finetune_teacher: Literal["auto", "yes", "no"] = flag("auto", "fine-tune p on D first; auto: if new or as released")
     init_student: Literal["auto", "yes", "no"] = flag("auto", "phase 1 of Algorithm 1 first; auto: likewise")
     plan: bool = flag(False, "print what would be done, its memory and time, and stop")
+    plan_pairs: bool = flag(False, "print memory and time of phase 2 for each pair of GPT-2s on 1 to 8 devices")
     ignore_memory: bool = flag(False, "go on though the plan finds too little memory")
     resume: bool = flag(False, "go on with an unfinished run")
     # Algorithm 1
@@ -267,7 +268,7 @@ TINY_TEACHER = TINY | dict(updates=800, lr=6e-3, batch_size=32, select="last", e
 TINY_INIT = TINY | dict(updates=1000, lr=1.2e-2, evals=4)
 TINY_BASELINE = TINY | dict(lr=6e-3, select="last", evals=4)
 # flags that do not change what phase 2 learns
-FREE = supervised.FREE | {"capture", "plan", "ignore_memory", "baselines", "eval_seeds", "test_data"}
+FREE = supervised.FREE | {"capture", "plan", "plan_pairs", "ignore_memory", "baselines", "eval_seeds", "test_data"}
 
 
 def presets(given: dict) -> dict:
@@ -545,6 +546,9 @@ def run_stages(cfg: Config) -> list[dict]:
     what = f"{cfg.teacher} teaches {cfg.student} {cfg.data}, in {out}"
     work, cfg = stages(cfg)
     draft = planning.Draft(cfg, work, m)
+    if cfg.plan_pairs:
+        planning.show_pairs(draft, m)
+        return []
     planning.show(draft.lines(), m, what, cfg.ignore_memory)
     if cfg.plan:
         return []

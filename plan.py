@@ -9,6 +9,7 @@ import gc
 import os
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -283,6 +284,37 @@ class Draft:
         if not (Path(cfg.out) / "results.json").is_file():
             lines.append(self.evaluation(3 + len(cfg.baselines.split(",")) * bool(cfg.baselines)))
         return lines
+
+
+GPT2S = {"gpt2": GPTConfig(), "gpt2-medium": GPTConfig(24, 16, 1024), "gpt2-large": GPTConfig(36, 20, 1280),
+         "gpt2-xl": GPTConfig(48, 25, 1600)}  # shapes as released
+
+
+def pairs(draft: Draft) -> list[tuple[str, str, list[Line]]]:
+    """Phase 2 for every GPT-2 with every teacher of its size or more, on 1, 2, 4 and 8 devices like this one."""
+    pairs = [(teacher, student) for student in GPT2S for teacher in GPT2S
+             if GPT2S[teacher].parameters >= GPT2S[student].parameters]
+    found = []
+    for teacher, student in pairs:
+        lines = []
+        for world in (1, 2, 4, 8):
+            one = copy(draft)  # which shares the costs measured
+            one.cfg, one.m = replace(draft.cfg, teacher=teacher, student=student), replace(draft.m, world=world)
+            one.config = GPT2S.__getitem__
+            lines.append(one.minillm())
+        found.append((teacher, student, lines))
+    return found
+
+
+def show_pairs(draft: Draft, m: Machine) -> None:
+    m.say(f"phase 2, {draft.cfg.steps:,} updates, memory of a device and time, on so many devices like this one: "
+          f"{m.device} in {str(m.dtype)[6:]}")
+    m.say(f"  {'teacher':12}{'student':12}" + "".join(f"{world:>19}" for world in (1, 2, 4, 8)))
+    for teacher, student, lines in pairs(draft):
+        cells = [f"{line.bytes / 2**30:.1f} GiB {clock(line.seconds)}" for line in lines]
+        m.say(f"  {teacher:12}{student:12}" + "".join(f"{cell:>19}" for cell in cells))
+    m.say("  measured just now on one device: training and decoding at these widths, on one layer and on two.\n"
+          "  extrapolated: the number of layers; several devices, as equal shares, without the time to sum gradients")
 
 
 def show(lines: list[Line], m: Machine, what: str, ignore_memory: bool) -> None:

@@ -99,3 +99,20 @@ def test_models_that_do_not_exist_yet_have_the_shape_they_will_have(distill_conf
     draft = plan.Draft(cfg, work, m)
     assert cfg.student.endswith("init") and draft.root(cfg.student) == "1x2x8"
     assert draft.shape(cfg.student)[0] == new_config("1x2x8", draft.tokenizer)
+
+
+def test_every_pair_on_one_to_eight_devices(distill_config, monkeypatch, capsys, tmp_path):
+    """Of small shapes: six pairs, and twice the devices take half the time; a larger teacher takes more memory."""
+    small = {f"s{n}": GPTConfig(2, 2, 16 * n, 90, 64) for n in (1, 2, 3)}
+    monkeypatch.setattr(plan, "GPT2S", small)
+    cfg = distill_config(plan_pairs=True, rollouts=64, minibatch=64)
+    assert distill.main(cfg) == [] and not (tmp_path / "run" / "minillm").exists()
+    printed = capsys.readouterr().out
+    assert printed.count(" GiB ") == 6 * 4 and "extrapolated" in printed
+    work, other = distill.stages(cfg)
+    found = plan.pairs(plan.Draft(other, work, Machine(torch.device("cpu"), torch.float32)))
+    lines = {(teacher, student): lines for teacher, student, lines in found}
+    assert len(lines) == 6 and set(lines) >= {("s3", "s1"), ("s1", "s1")} and ("s1", "s3") not in lines
+    assert lines["s3", "s1"][0].bytes > lines["s1", "s1"][0].bytes
+    for of in lines.values():
+        assert of[0].bytes >= of[3].bytes and of[0].seconds > of[1].seconds > of[3].seconds

@@ -107,3 +107,13 @@ def test_every_metric_of_the_log_has_its_sentence():
     assert len(logged) > 10
     for name in logged:
         assert f"`{name}`" in README, f"the glossary lacks {name}"
+
+
+def test_the_promises_name_tests_that_exist():
+    section = README.split("## What it promises")[1].split("\n## ")[0]
+    places = re.findall(r"`tests/(\w+)\.py`: ((?:`\w+`(?:, )?)+)", section)
+    assert len(places) >= 12
+    for file, names in places:
+        source = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
+        for name in re.findall(r"`(\w+)`", names):
+            assert f"def {name}(" in source, f"{file}.py has no {name}"
