@@ -16,6 +16,7 @@ import torch
 from conftest import random_gpt, refused, weights
 from test_teacher import interrupt_after, lines
 
+import data
 import distill
 import teacher as supervised
 from config import Machine, make
@@ -35,6 +36,7 @@ from distill import (
     token_reward,
     whiten,
 )
+from model import load, save
 from sample import Config as SampleConfig
 from sample import follow, sample, uniforms
 
@@ -568,3 +570,58 @@ def test_a_users_file_is_not_tested_on_what_was_trained_on(tmp_path, distill_con
     cfg = distill_config(data="mine.jsonl")
     assert cfg.test_split == ("mine.jsonl", "valid") and distill_config().test_split == ("tiny", "test")
     assert distill_config(data="mine.jsonl", test_data="other.jsonl").test_split == ("other.jsonl", "test")
+
+
+PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 1, 2]]
+
+
+# ---- numbers at the edge --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ends", ["at once", "never"])
+def test_answers_that_all_end_at_once_or_never(ends, dtype, distill_config, tiny_models, tmp_path):
+    """One token each, so that nothing comes after it; or as many as there is room for, none of them ended."""
+    student = load(tiny_models["student"])
+    student.ln_f.weight.data.zero_()
+    student.ln_f.bias.data.fill_(1.0)  # logits are the sums of the embedding's rows
+    student.wte.weight.data[-1] = 5.0 if ends == "at once" else -5.0
+    save(student, tmp_path / "student")
+    data.save_tokenizer(data.world_tokenizer(), tmp_path / "student")
+    distill.distil(distill_config(student=str(tmp_path / "student"), dtype=dtype, steps=2, rollouts=8, minibatch=8,
+                                  mix_alpha=0.0, lr=0.0))
+    for line in lines(tmp_path / "run" / "minillm")[1:3]:
+        assert all(math.isfinite(value) for value in line.values() if isinstance(value, float))
+        assert line["response_tokens"] == (1.0 if ends == "at once" else 28.0)
+        assert line["ended_fraction"] == (1.0 if ends == "at once" else 0.0)
+        assert (line["loss_long"] == 0.0) == (ends == "at once")
+
+
+@pytest.mark.parametrize("scale", [100.0, 1000.0])
+def test_a_teacher_whose_probabilities_underflow(scale, m):
+    """p(y) of e^-300 and less is 0 in float32; its logarithm is not: equal to a computation in float64."""
+    student, teacher = random_gpt(1), random_gpt(2)
+    teacher.ln_f.weight.data *= scale
+    rollout = sample(student, PROMPTS, uniforms(0, range(len(PROMPTS)), 8), m, teacher, keep_hidden=True, batch_size=9)
+    assert rollout.teacher_logp.min() < -300 and rollout.reverse_kl.isfinite().all()
+    rows = list(range(len(PROMPTS)))
+    _, _, kl, _ = distill.score(student, teacher, rollout, rows, m)
+    for row in rows:
+        prompt, answer = PROMPTS[row], rollout.answers[row]
+        tokens = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            hidden = [gpt(tokens)[0, len(prompt) - 1 : -1].double() for gpt in (student, teacher)]
+        log_q, log_p = ((h @ gpt.wte.weight.double().t()).log_softmax(-1)
+                        for h, gpt in zip(hidden, (student, teacher)))
+        want = (log_q.exp() * (log_q - log_p)).sum(-1)
+        torch.testing.assert_close(kl[row, : len(answer)].double(), want, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-3])
+def test_a_temperature_near_zero_takes_the_likeliest_token(temperature, m):
+    student = random_gpt(3)
+    rollout = sample(student, PROMPTS, uniforms(0, range(len(PROMPTS)), 6), m, temperature=temperature)
+    for prompt, answer in zip(PROMPTS, rollout.answers):
+        with torch.no_grad():
+            logits = student.logits(student(torch.tensor([prompt + answer])))[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == answer
+    assert rollout.mixed_logp.isfinite().all()
