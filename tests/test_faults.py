@@ -16,6 +16,7 @@ import torch
 from conftest import random_gpt, refused, weights
 
 import config
+import data
 import distill
 import teacher as supervised
 from config import Stopped, UserError, held, make
@@ -304,3 +305,21 @@ def test_out_of_memory_while_sampling_changes_nothing(m, monkeypatch, capsys):
     torch.testing.assert_close(rollout.student_logp, whole.student_logp, atol=1e-5, rtol=0)
     with pytest.raises(torch.OutOfMemoryError):
         draw(on_token=lambda row, token: None)
+
+
+def test_killed_while_plain_text_is_tokenised(gpt2, m, tmp_path):
+    """What is there behind a kill is nothing, or the whole; the next run makes it whole."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n<|endoftext|>\n".join(f"document {n} " + "word " * 300 for n in range(1500)))
+    whole, chance = data.load_corpus(str(text), gpt2, tmp_path / "whole", m), random.Random(2)
+    for n in range(KILLS):
+        child = os.fork()
+        if child == 0:
+            data.load_corpus(str(text), gpt2, tmp_path / str(n), m)
+            os._exit(0)
+        time.sleep(chance.uniform(0, 0.3))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        there = list((tmp_path / str(n)).glob("*.bin"))
+        assert all(path.stat().st_size == whole.nbytes for path in there)
+        assert (data.load_corpus(str(text), gpt2, tmp_path / str(n), m) == whole).all()
