@@ -169,6 +169,7 @@ class Config:
     baselines: str = flag("sft,kd,seqkd", "train these too, of sft, kd and seqkd; empty for none")
     finetune_teacher: Literal["auto", "yes", "no"] = flag("auto", "fine-tune p on D first; auto: if new or as released")
     init_student: Literal["auto", "yes", "no"] = flag("auto", "phase 1 of Algorithm 1 first; auto: likewise")
+    explain: bool = flag(False, "show the first update of phase 2 token by token, with the equations, and stop")
     plan: bool = flag(False, "print what would be done, its memory and time, and stop")
     plan_pairs: bool = flag(False, "print memory and time of phase 2 for each pair of GPT-2s on 1 to 8 devices")
     ignore_memory: bool = flag(False, "go on though the plan finds too little memory")
@@ -268,7 +269,8 @@ TINY_TEACHER = TINY | dict(updates=800, lr=6e-3, batch_size=32, select="last", e
 TINY_INIT = TINY | dict(updates=1000, lr=1.2e-2, evals=4)
 TINY_BASELINE = TINY | dict(lr=6e-3, select="last", evals=4)
 # flags that do not change what phase 2 learns
-FREE = supervised.FREE | {"capture", "plan", "plan_pairs", "ignore_memory", "baselines", "eval_seeds", "test_data"}
+FREE = supervised.FREE | {"capture", "explain", "plan", "plan_pairs", "ignore_memory", "baselines", "eval_seeds",
+                          "test_data"}
 
 
 def presets(given: dict) -> dict:
@@ -291,6 +293,18 @@ def presets(given: dict) -> dict:
 
 
 # ---- Algorithm 1, phase 2 -------------------------------------------------------------------------------------------
+
+def collect(cfg: Config, collection: int, mine: list[int], instructions: list[data.Example], student: GPT,
+            teacher: GPT, m: Machine) -> Rollout:
+    """The answers `mine` of a collection's, each with prompt and draws of its own: S of Algorithm 1, or references."""
+    first, T = collection * cfg.rollouts, cfg.max_tokens - cfg.max_prompt_tokens
+    chosen = data.picks(first, cfg.rollouts, len(instructions), cfg.seed)
+    examples, student = [instructions[chosen[i]] for i in mine], frozen(student, m.dtype)
+    if cfg.source == "gold":
+        return follow(student, examples, T, m, teacher, cfg.micro_batch)
+    return sample(student, [example.prompt for example in examples], uniforms(cfg.seed, [first + i for i in mine], T),
+                  m, teacher, cfg.mix_alpha, cfg.sample_batch, keep_hidden=True)
+
 
 def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], m: Machine,
           kind: str = "reverse") -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -402,15 +416,7 @@ def distil(cfg: Config, stop: Stop | None = None) -> dict:
 
         # 4 sample answers from the mixture p~: S of Algorithm 1
         started, collection = time.perf_counter(), step * cfg.minibatch // (cfg.rollouts * cfg.inner_epochs)
-        first_answer = collection * cfg.rollouts
-        chosen = data.picks(first_answer, cfg.rollouts, len(instructions), cfg.seed)
-        examples = [instructions[chosen[i]] for i in mine]
-        if cfg.source == "gold":
-            rollout = follow(frozen(student, m.dtype), examples, answer_tokens, m, teacher, cfg.micro_batch)
-        else:
-            rollout = sample(frozen(student, m.dtype), [example.prompt for example in examples],
-                             uniforms(cfg.seed, [first_answer + i for i in mine], answer_tokens), m, teacher,
-                             cfg.mix_alpha, cfg.sample_batch, keep_hidden=True)
+        rollout = collect(cfg, collection, mine, instructions, student, teacher, m)
 
         # 5 the reward of each token and of what follows it, known to every process
         r = token_reward(rollout.teacher_logp, rollout.student_logp, cfg.reward_scale, cfg.reward_clip)  # Eq. (2)
@@ -468,6 +474,53 @@ def distil(cfg: Config, stop: Stop | None = None) -> dict:
                       f"loss_pt {line['loss_pt']:.3f}  clip {line['clip_fraction']:.3f}  tokens "
                       f"{line['response_tokens']:.1f}  norm {norm:.2f}  left {clock(left)}")
     return supervised.finish(out, m, {"best": best})
+
+
+COLUMNS = {  # of --explain: the equation of each column, and what it is
+    "log q": ("", "the student's log-probability of the token taken"), "log p": ("", "the teacher's"),
+    "log p~": ("(4)", "the mixture's, from which it was drawn"), "r_t": ("(2)", "log p - log q"),
+    "KL": ("(1)", "KL[q || p] over the vocabulary, or -E[r_t]"), "R_t+1": ("(6)", "the mean of the r that follow"),
+    "w_t": ("(5)", "q / p~"), "L_Single": ("(7)", "w_t KL"), "L_Long": ("(7)", "-min(w_t R, clip(w_t) R)")}
+
+
+def explain(cfg: Config) -> None:
+    """Phase 2's very first update, token by token, for the first of its answers: with the same seeds, and by the same
+    functions. Nothing is trained or written."""
+    m, limits = machine(cfg.device, cfg.dtype, cfg.vocab_chunk), (cfg.max_prompt_tokens, cfg.max_tokens)
+    tokenizer = data.load_tokenizer(cfg.student)
+    instructions = data.load_examples(cfg.data, "train", tokenizer, *limits, m.say)
+    student, teacher = load(cfg.student, m.device), frozen(load(cfg.teacher, m.device), m.dtype)
+    same_vocabulary(student.config, teacher.config)
+    rollout = collect(cfg, 0, list(range(cfg.rollouts)), instructions, student, teacher, m)
+    mask = rollout.response_mask
+    r = token_reward(rollout.teacher_logp, rollout.student_logp, cfg.reward_scale, cfg.reward_clip) * mask
+    batch = minibatches(cfg.rollouts, cfg.minibatch, (cfg.seed, 0, 0))[0]
+    R = future_reward(r, mask, cfg.gamma, cfg.length_norm, cfg.return_from)[batch]
+    one, R = batch[:1], whiten(R, mask[batch], cfg.whiten)[:1]
+    with torch.no_grad():
+        student_logp, apart, kl, mask = score(student, teacher, rollout, one, m, cfg.divergence)
+    cut = slice(mask.size(1))
+    old_logp, mixed_logp, r, R = rollout.student_logp[one, cut], rollout.mixed_logp[one, cut], r[one, cut], R[:, cut]
+    loss_single, loss_long, weight, clipped = minillm_loss(student_logp, apart, old_logp, mixed_logp, R, mask,
+                                                           cfg.weight, cfg.weight_single, cfg.clip_eps)
+    values = (student_logp, rollout.teacher_logp[one, cut], mixed_logp, r, kl, R, weight,
+              cfg.single_step * loss_single, cfg.long_term * loss_long)
+    row = instructions[data.picks(0, cfg.rollouts, len(instructions), cfg.seed)[one[0]]].row
+    m.say(f"\n{row.instruction}" + f" | {row.input}" * bool(row.input)
+          + f"\n{data.decode(tokenizer, rollout.answers[one[0]])}\n")
+    for first, heads in (("", COLUMNS), ("Eq.", (equation for equation, _ in COLUMNS.values()))):
+        m.say(f"{first:>14}" + "".join(f"{head:>10}" for head in heads))
+    for t, token in enumerate(rollout.answers[one[0]]):
+        word = repr(tokenizer.decode([token]))[1:-1]
+        m.say(f"{word:>14}" + "".join(f"{value[0, t].item():10.4f}" for value in values) + "  clipped" * clipped[0, t])
+    tokens = sum(len(rollout.answers[i]) for i in batch)
+    divisor = f"{tokens} tokens" if cfg.normalize == "token" else f"{cfg.minibatch} answers"
+    sums = (f"{value.sum().item():.4f}" * (name not in ("R_t+1", "w_t")) for name, value in zip(COLUMNS, values))
+    m.say(f"{'sum':>14}" + "".join(f"{text:>10}" for text in sums) + "\n")
+    for name, (_, meaning) in COLUMNS.items():
+        m.say(f"{name:>14}  {meaning}")
+    m.say(f"\nAn update divides the sums of both losses over its {cfg.minibatch} answers by their {divisor}, and adds "
+          f"{cfg.pt_coef:g} L_PT.")
 
 
 # ---- all stages -----------------------------------------------------------------------------------------------------
@@ -543,6 +596,8 @@ def main(cfg: Config) -> list[dict]:
 def run_stages(cfg: Config) -> list[dict]:
     """The plan, every stage that is not finished, and the evaluation of all models that were made."""
     m, out = machine(cfg.device, cfg.dtype, cfg.vocab_chunk, cfg.capture), Path(cfg.out)
+    if cfg.explain:
+        cfg = dataclasses.replace(cfg, baselines="")
     what = f"{cfg.teacher} teaches {cfg.student} {cfg.data}, in {out}"
     work, cfg = stages(cfg)
     draft = planning.Draft(cfg, work, m)
@@ -558,6 +613,9 @@ def run_stages(cfg: Config) -> list[dict]:
         began = time.perf_counter()
         stage(settings)
         m.say(f"-- {name}: {clock(time.perf_counter() - began)}\n")
+    if cfg.explain:
+        explain(cfg)
+        return []
     with Stop("once these answers are learned from") as stop:
         distil(cfg, stop)
 

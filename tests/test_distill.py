@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -570,6 +571,25 @@ def test_a_users_file_is_not_tested_on_what_was_trained_on(tmp_path, distill_con
     cfg = distill_config(data="mine.jsonl")
     assert cfg.test_split == ("mine.jsonl", "valid") and distill_config().test_split == ("tiny", "test")
     assert distill_config(data="mine.jsonl", test_data="other.jsonl").test_split == ("other.jsonl", "test")
+
+
+def test_explain_shows_the_numbers_of_the_first_update(distill_config, capsys, tmp_path):
+    """Each column from those before it, by the equation over it; and the KL of the first answer as the run logs it."""
+    cfg = distill_config(explain=True, rollouts=8, minibatch=1, inner_epochs=1, steps=1)
+    assert distill.main(cfg) == [] and not (tmp_path / "run" / "minillm").exists()
+    found = [re.findall(r"-?\d+\.\d{4}", line) for line in capsys.readouterr().out.splitlines()]
+    *rows, sums = [list(map(float, line)) for line in found if len(line) >= 7]
+    log_q, log_p, log_mixed, r, kl, R, w, single, long = map(list, zip(*rows))
+    for t in range(len(rows)):
+        assert r[t] == pytest.approx(log_p[t] - log_q[t], abs=2e-4)
+        assert R[t] == pytest.approx(sum(r[t + 1 :]) / max(1, len(r) - t - 1), abs=2e-4)
+        assert w[t] == pytest.approx(math.exp(log_q[t] - log_mixed[t]), abs=2e-4)
+        assert math.exp(log_mixed[t]) == pytest.approx(0.2 * math.exp(log_p[t]) + 0.8 * math.exp(log_q[t]), abs=2e-4)
+        assert single[t] == pytest.approx(w[t] * kl[t], abs=1e-3)
+        assert long[t] == pytest.approx(-min(w[t] * R[t], min(max(w[t], 0.8), 1.2) * R[t]), abs=1e-3)
+    assert sums[3:5] == pytest.approx([sum(r), sum(kl)], abs=1e-2) and len(sums) == 7
+    distill.main(dataclasses.replace(cfg, explain=False))
+    assert lines(tmp_path / "run" / "minillm")[1]["reverse_kl"] == pytest.approx(sums[4], abs=1e-3)
 
 
 PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 1, 2]]
