@@ -1,5 +1,8 @@
 """By enumeration of every answer: which equations have the gradient of KL[q || p], and how far the others are."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -70,3 +73,12 @@ def test_the_command_prints_the_table(capsys):
     oracle.main(oracle.Config(toys=2))
     printed = capsys.readouterr().out
     assert all(name in printed for name in ESTIMATORS) and "cosine" in printed
+
+
+def test_the_figures_of_the_page_on_the_algorithm():
+    """Each bias that exercises/algorithm.md gives in brackets, in the page's order, is what the command prints."""
+    page = (Path(oracle.__file__).parent / "exercises" / "algorithm.md").read_text(encoding="utf-8")
+    names = ["L_Single alone (GKD with reverse KL)", "L_Single, and R_t for R_{t+1}", "Eqs. (4, 5) as printed: product",
+             "Eqs. (4, 5) with w_t per token", "Eq. (6), length normalisation", "--recipe=paper: Eq. (7), clipped"]
+    given = re.findall(r"\[(0\.\d\d)\]", page)
+    assert given == [f"{compare(ESTIMATORS[name], toys=100, seed=0)[1]:.2f}" for name in names]
