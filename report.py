@@ -99,6 +99,8 @@ def read(path: Path) -> Found | None:
     left_out = FREE | {"seed", "command"} if kind == "training" else UNCHANGED
     left_out = left_out | ({"teacher", "corpus"} if kind == "evaluation" else set())
     settings = {name: unseeded(value) for name, value in given.items() if name not in left_out}
+    if kind == "evaluation":  # of the model, for the teacher only adds to what is measured
+        settings["weights"] = given.get("weights", [None])[0]
     return Found(kind, path, os.path.normpath(model), content, settings)
 
 

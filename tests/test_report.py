@@ -13,7 +13,7 @@ import exposure
 import report
 from report import comparison, curve, differing, figure_of, find, result_tables, smooth
 
-SETTINGS = ("no_repeat_ngram", "limit", "split")
+SETTINGS = ("no_repeat_ngram", "limit", "split", "weights")
 
 
 def evaluation(folder, model, data="tiny", rouge=(1.0, 3.0), parameters=5, **scores):
@@ -67,7 +67,9 @@ def test_two_evaluations_of_one_model_are_one_row(tmp_path):
     """Of another set nothing is mixed in; of the same set, what the second measured besides is added."""
     run_of(tmp_path, 1, "start", 90.0)
     run_of(tmp_path, 1, "other", 80.0, gamma=0.5)
-    evaluation(tmp_path / "text", "out/seed-1/start/minillm", text_loss=[1.25], valid=[0.0])
+    for path, weights in (("seed-1/start/test/minillm", [7, 8]), ("text", [7, None])):  # with a teacher, and without
+        evaluation(tmp_path / path, "out/seed-1/start/minillm", weights=weights, **(
+            {"valid": [90.0]} if "seed" in path else {"text_loss": [1.25], "valid": [0.0]}))
     evaluation(tmp_path / "vicuna", "out/seed-1/start/minillm", "vicuna", valid=[0.0])
     found = find([str(tmp_path)])
     evaluations = [f for f in found if f.kind == "evaluation"]
