@@ -1,0 +1,145 @@
+"""What every exercise shares: an answer is compared with a slow specification, and a slip that explains it is named.
+
+An exercise is a file with an `Exercise` in it. Its `spec` is written in loops and the paper's letters; the answer to be
+written, `solve`, has to give the same for every case. Shapes are compared first, then dtypes, then values, and nothing
+is broadcast: a mean over the wrong axis does not pass by chance.
+
+Run:      python exercises/07_length_norm.py           (this file has no command of its own)
+"""
+
+import copy
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # the project's files have no package
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """solve: the function to be written. spec: what it should compute. cases(): (name, arguments) pairs, awkward ones
+    among them. slips: what to say of a mistake, and a function that makes it. hints: a first and a second."""
+    solve: Callable
+    spec: Callable
+    cases: Callable[[], Iterator[tuple[str, tuple]]]
+    slips: dict[str, Callable]
+    hints: tuple[str, str]
+    tolerance: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """state: "solved", "unsolved" (nothing written yet), "wrong" or "error"; message: one line, in plain words."""
+    state: str
+    message: str = field(default="")
+
+
+def check(exercise: Exercise, solve: Callable | None = None) -> Verdict:
+    """Tries every case; the verdict is on the first that fails."""
+    solve, cases = solve or exercise.solve, list(exercise.cases())
+    given, wanted = [], []
+    for name, arguments in cases:
+        mine, theirs = copy.deepcopy(arguments), copy.deepcopy(arguments)
+        wanted.append(exercise.spec(*theirs))
+        try:
+            given.append(solve(*mine))
+        except NotImplementedError:
+            return Verdict("unsolved", "nothing is written yet: replace the line that raises NotImplementedError")
+        except Exception as error:  # a student's code may raise anything
+            lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+            where = f", line {lines[-1].lineno} of {Path(lines[-1].filename).name}" if lines else ""
+            return Verdict("error", f"case '{name}': {type(error).__name__}: {first_line(error)}{where}")
+        if fault := form(given[-1], wanted[-1]):
+            return Verdict("wrong", f"case '{name}': {fault}")
+        if not same(mine, arguments, 0.0):
+            return Verdict("wrong", f"case '{name}': the arguments were changed in place; work on copies")
+    wrong = [n for n in range(len(cases)) if not same(given[n], wanted[n], exercise.tolerance)]
+    if not wrong:
+        return Verdict("solved")
+    for words, slip in exercise.slips.items():
+        made = [slip(*copy.deepcopy(arguments)) for _, arguments in cases]
+        if all(not form(m, w) and same(g, m, exercise.tolerance) for g, m, w in zip(given, made, wanted)):
+            return Verdict("wrong", words)
+    n = wrong[0]
+    return Verdict("wrong", f"case '{cases[n][0]}': {difference(given[n], wanted[n], exercise.tolerance)}")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def form(given, wanted, name: str = "the answer") -> str:
+    """What is wrong with the form of an answer, or nothing."""
+    if given is None:
+        return f"{name} is None: is there a return?"
+    if isinstance(wanted, tuple):
+        if not isinstance(given, tuple) or len(given) != len(wanted):
+            return f"{name} should be {len(wanted)} values, not {kind(given)}"
+        faults = (form(g, w, f"value {n}") for n, (g, w) in enumerate(zip(given, wanted), 1))
+        return next(filter(None, faults), "")
+    if isinstance(wanted, Tensor):
+        if not isinstance(given, Tensor):
+            return f"{name} should be a tensor, not {kind(given)}"
+        if given.shape != wanted.shape:
+            return f"{name} should have the shape {tuple(wanted.shape)}, it has {tuple(given.shape)}"
+        if given.dtype != wanted.dtype:
+            return f"{name} should be {str(wanted.dtype)[6:]}, it is {str(given.dtype)[6:]}"
+        if wanted.is_floating_point() and not given.isfinite().all() and wanted.isfinite().all():
+            return f"{name} holds infinity or what is no number, at {place(~given.isfinite())}"
+    elif isinstance(given, Tensor) or not isinstance(given, type(wanted)):
+        return f"{name} should be a plain {type(wanted).__name__}, not {kind(given)}"
+    return ""
+
+
+def kind(value) -> str:
+    return f"{len(value)} values" if isinstance(value, tuple) else f"a {type(value).__name__}"
+
+
+def place(where: Tensor) -> str:
+    return str(where.nonzero()[0].tolist()) if where.dim() else "its one place"
+
+
+def same(given, wanted, tolerance: float) -> bool:
+    """Whether two answers of one form are equal."""
+    if isinstance(wanted, tuple | list):
+        return all(same(g, w, tolerance) for g, w in zip(given, wanted, strict=True))
+    if isinstance(wanted, Tensor):
+        return torch.allclose(given.double(), wanted.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
+    if isinstance(wanted, float):
+        return math.isclose(given, wanted, rel_tol=tolerance, abs_tol=tolerance)
+    return callable(wanted) or given == wanted
+
+
+def difference(given, wanted, tolerance: float) -> str:
+    """Where two answers first differ."""
+    if isinstance(wanted, tuple):
+        n = next(n for n, (g, w) in enumerate(zip(given, wanted)) if not same(g, w, tolerance))
+        return f"value {n + 1}: {difference(given[n], wanted[n], tolerance)}"
+    if not isinstance(wanted, Tensor) or wanted.dim() == 0:
+        return f"yours is {float(given):.6g}, it should be {float(wanted):.6g}" if isinstance(
+            wanted, float | Tensor) else f"yours is {given!r}, it should be {wanted!r}"
+    apart = (given.double() - wanted.double()).abs() > tolerance * (1 + wanted.double().abs())
+    at = tuple(apart.nonzero()[0].tolist())
+    return f"at {list(at)} yours is {given[at].item():.6g}, it should be {wanted[at].item():.6g}"
+
+
+def run(exercise: Exercise) -> None:
+    """What stands under `if __name__ == "__main__"`: checks, or hints. The exit code is 0 if it is solved."""
+    flags = sys.argv[1:]
+    if flags in (["--hint"], ["--hint=1"], ["--hint=2"]):
+        print(exercise.hints[flags == ["--hint=2"]])
+        return
+    name = Path(sys.argv[0]).name
+    if flags:
+        print(f"{name}: {flags[0]} is unknown: give nothing to check, or --hint, then --hint=2", file=sys.stderr)
+        sys.exit(2)
+    verdict = check(exercise)
+    print(f"{name}: {verdict.state}" + f": {verdict.message}" * bool(verdict.message))
+    sys.exit(verdict.state != "solved")
