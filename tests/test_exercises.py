@@ -1,0 +1,124 @@
+"""The exercises: what is given fails as unsolved, the project's own functions pass, and each likely slip is named."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent.parent / "exercises"
+sys.path.append(str(FOLDER))
+NAMES = sorted(path.stem for path in FOLDER.glob("[0-9][0-9]_*.py"))
+
+import check as course  # noqa: E402
+import checker  # noqa: E402
+
+from distill import future_reward  # noqa: E402
+
+# the answer to each exercise is a function of the main files
+ANSWERS = {"07_length_norm": lambda reward, mask: future_reward(reward * mask, mask)}
+
+
+def exercise(name: str):
+    module = importlib.import_module(name)
+    return module, getattr(module, "checked", lambda solve: solve)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_given_is_unsolved(name):
+    module, _ = exercise(name)
+    assert checker.check(module.EXERCISE).state == "unsolved"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_projects_own_function_is_the_answer(name):
+    module, checked = exercise(name)
+    assert checker.check(module.EXERCISE, checked(ANSWERS[name])) == checker.Verdict("solved")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_slip_is_caught_and_named(name):
+    module, _ = exercise(name)
+    assert len(module.EXERCISE.slips) >= 3 and len(module.EXERCISE.hints) == 2
+    for words, slip in module.EXERCISE.slips.items():
+        assert checker.check(module.EXERCISE, slip) == checker.Verdict("wrong", words)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exercise_says_what_to_do(name, capsys, monkeypatch):
+    module, _ = exercise(name)
+    for part in ("Paper:", "Task:", "In words:", f"python exercises/{name}.py"):
+        assert part in module.__doc__, part
+    for flags, code in (([], 1), (["--hint=3"], 2)):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
+        with pytest.raises(SystemExit) as ended:
+            checker.run(module.EXERCISE)
+        assert ended.value.code == code
+    for flag, hint in zip(("--hint", "--hint=2"), module.EXERCISE.hints):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", flag])
+        capsys.readouterr()
+        checker.run(module.EXERCISE)
+        assert capsys.readouterr().out == hint + "\n"
+
+
+def example(solve):
+    """An exercise to double a (2, 3) tensor and count its rows."""
+    spec = lambda x: (2 * x, len(x))
+    slips = {"this is squared": lambda x: (x * x, len(x))}
+    return checker.check(checker.Exercise(solve, spec, lambda: iter([("a case", (torch.arange(6.0).view(2, 3),))]),
+                                          slips, ("", "")))
+
+
+@pytest.mark.parametrize("solve, words", [
+    (lambda x: (2 * x, 2, 3), "should be 2 values, not 3 values"), (lambda x: None, "is there a return?"),
+    (lambda x: (2 * x[:1], 2), "value 1 should have the shape (2, 3), it has (1, 3)"),  # would broadcast
+    (lambda x: (2 * x.double(), 2), "value 1 should be float32, it is float64"),
+    (lambda x: (2 * x, torch.tensor(2)), "value 2 should be a plain int, not a Tensor"),
+    (lambda x: (x * x, 2), "this is squared"),
+    (lambda x: (2 * x + (x == 4), 2), "at [1, 1] yours is 9, it should be 8"),
+    (lambda x: (2 * x, 3), "value 2: yours is 3, it should be 2"), (lambda x: (2 * x / (x - 1), 2), "infinity"),
+    (lambda x: (x.mul_(2), 2), "changed in place"), (lambda x: x[7], "IndexError"), (lambda: 1, "TypeError")])
+def test_the_checker_says_what_is_wrong(solve, words):
+    verdict = example(solve)
+    assert verdict.state in ("wrong", "error") and words in verdict.message and "\n" not in verdict.message
+
+
+def test_the_checker_accepts_what_is_right():
+    assert example(lambda x: (x + x, 2)) == checker.Verdict("solved")
+    assert example(lambda x: (_ for _ in ()).throw(NotImplementedError())).state == "unsolved"
+
+
+ENDLESS = "def solve(*arguments):\n    while True:\n        pass\n"
+FLOOD = "def solve(*arguments):\n    while True:\n        print('x' * 10**6, flush=True)\n"
+
+
+def test_the_table_of_a_class(tmp_path, monkeypatch, capsys):
+    """One who has solved it, one who has not begun, and others whose code must not stop the table."""
+    name = "07_length_norm"
+    monkeypatch.setattr(course, "EXERCISES", [name])
+    given = (FOLDER / f"{name}.py").read_text()
+    solved = given.replace("    raise NotImplementedError  # yours", "    return spec(reward, response_mask)")
+    students = {"anna": solved, "ben": given, "carl": ENDLESS, "dora": "raise ValueError('no')\n", "emil": FLOOD,
+                "finn": "import sys\nsys.exit(0)\n", "gita": "import os\nos._exit(3)\n", "hugo": None,
+                "ida": "def solve(reward, response_mask):\n    return reward\n", "jan": "solve = (\n"}
+    for student, source in students.items():
+        (tmp_path / student).mkdir()
+        if source is not None:
+            (tmp_path / student / f"{name}.py").write_text(source)
+    folders = tuple(str(tmp_path / student) for student in students)
+    rows = course.main(course.Config(folders, csv=str(tmp_path / "class.csv"), seconds=15, jobs=2))
+    states = {Path(folder).name: verdicts[0][0] for folder, verdicts in rows.items()}
+    assert states == {"anna": "solved", "ben": "unsolved", "carl": "too long", "dora": "error", "emil": "too long",
+                      "finn": "error", "gita": "error", "hugo": "missing", "ida": "wrong", "jan": "error"}
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 + len(students) and "1/1" in printed
+    csv = (tmp_path / "class.csv").read_text().splitlines()
+    assert csv[0] == "folder,exercise,state,message" and len(csv) == 1 + len(students)
+    assert "ValueError: no" in csv[4] and "exit code 3" in csv[7]
+
+
+def test_this_folder_as_it_is_given(monkeypatch, capsys):
+    monkeypatch.setattr(course, "EXERCISES", ["07_length_norm"])
+    ((state, message),) = course.main(course.Config())["exercises"]
+    assert state == "unsolved" and "NotImplementedError" in message and "0/1" in capsys.readouterr().out
