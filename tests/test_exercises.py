@@ -1,6 +1,7 @@
 """The exercises: what is given fails as unsolved, the project's own functions pass, and each likely slip is named."""
 
 import importlib
+import math
 import sys
 from pathlib import Path
 
@@ -14,10 +15,22 @@ NAMES = sorted(path.stem for path in FOLDER.glob("[0-9][0-9]_*.py"))
 import check as course  # noqa: E402
 import checker  # noqa: E402
 
-from distill import future_reward  # noqa: E402
+from distill import divergence, future_reward, long_term_loss, reverse_kl, single_step_loss, token_reward  # noqa: E402
+from model import predicting  # noqa: E402
+from sample import taken  # noqa: E402
 
 # the answer to each exercise is a function of the main files
-ANSWERS = {"07_length_norm": lambda reward, mask: future_reward(reward * mask, mask)}
+ANSWERS = {
+    "01_log_prob": lambda z, y, n, mask: torch.zeros(mask.shape).masked_scatter(
+        mask, taken(predicting(z, n, mask).log_softmax(-1), predicting(y.roll(-1, 1), n, mask))),
+    "02_two_kls": lambda z, p: (divergence(z.log_softmax(-1), p.log(), "forward"),
+                                reverse_kl(z.log_softmax(-1), p.log())),
+    "03_policy_gradient": lambda q, p, mask: long_term_loss(
+        q, q.detach(), future_reward(token_reward(p, q.detach()) * mask, mask, length_norm=False,
+                                     return_from="current"), torch.ones_like(q), math.inf)[0].sum(1).mean(),
+    "04_single_step": lambda q, p, mask: single_step_loss(reverse_kl(q, p), torch.ones(mask.shape)) * mask,
+    "07_length_norm": lambda reward, mask: future_reward(reward * mask, mask),
+}
 
 
 def exercise(name: str):
