@@ -135,3 +135,35 @@ def test_this_folder_as_it_is_given(monkeypatch, capsys):
     monkeypatch.setattr(course, "EXERCISES", ["07_length_norm"])
     ((state, message),) = course.main(course.Config())["exercises"]
     assert state == "unsolved" and "NotImplementedError" in message and "0/1" in capsys.readouterr().out
+
+
+# of each silent bug the line that repairs it, beside the line as it is given
+REPAIRS = {
+    "bug_1": ("response_mask = response != END  # (B, T)",
+              "lengths = torch.tensor([len(answer) for answer in answers])\n"
+              "    response_mask = torch.arange(T) < lengths[:, None]"),
+    "bug_2": ("-logp.mean() / len(micro_batches)", "-logp.sum() / sum(map(len, answers))"),
+    "bug_3": ("rollout_logp_vocab.detach()", "student_logp_vocab.detach()"),
+    "bug_4": ("        total = total + reward[:, t]  # (B,)\n        R[:, t] = total\n",
+              "        R[:, t] = total\n        total = total + reward[:, t]\n"),
+    "bug_5": ("response != IGNORED", "labels != IGNORED"),
+}
+
+
+@pytest.mark.parametrize("name", REPAIRS)
+def test_a_silent_bug_runs_is_wrong_and_can_be_repaired(name, tmp_path, capsys):
+    """As it is given it trains, shows something, and is wrong; with one line repaired it is right."""
+    module, checked = exercise(name)
+    module.train()
+    assert len(capsys.readouterr().out.splitlines()) >= 3
+    verdict = checker.check(module.EXERCISE)
+    assert verdict.state == "wrong" and len(module.EXERCISE.hints) == 2
+    source = (FOLDER / f"{name}.py").read_text()
+    given, repaired = REPAIRS[name]
+    assert source.count(given) == 1
+    (tmp_path / f"{name}.py").write_text(source.replace(given, repaired))
+    assert checker.check(module.EXERCISE, checked(course.load(tmp_path / f"{name}.py").solve)).state == "solved"
+
+
+def test_every_silent_bug_has_its_repair():
+    assert sorted(REPAIRS) == sorted(path.stem for path in FOLDER.glob("bug_*.py"))

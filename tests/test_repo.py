@@ -63,11 +63,12 @@ def test_every_flag_is_read(name):
 
 def commands(text: str) -> set[str]:
     """The commands of a text: `python FILE.py ...`, or torchrun's, without what is told of them at their right."""
-    found = re.findall(r"(?m)(?:^|`|\s{2,})(?:torchrun \S+|python) ((?:reproduce/)?\w+\.py[^`\n]*)", text)
+    found = re.findall(r"(?m)(?:^|`|\s{2,})(?:torchrun \S+|(?:OMP_NUM_THREADS=1 )?python) ((?:reproduce/)?\w+\.py[^`\n]*)", text)
     return {re.split(r"\s{3,}|;|\s+#", line)[0].rstrip(",. ") for line in found}
 
 
-SCRIPTS = [path.read_text(encoding="utf-8") for path in (ROOT / "reproduce").glob("*.py")]
+SCRIPTS = [path.read_text(encoding="utf-8") for path in (*(ROOT / "reproduce").glob("*.py"),
+                                                         *(ROOT / "exercises").glob("*.md"))]
 
 
 @pytest.mark.parametrize("command", sorted(commands("\n".join([README, *SOURCE.values(), *SCRIPTS]))))
