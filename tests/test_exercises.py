@@ -15,9 +15,32 @@ NAMES = sorted(path.stem for path in FOLDER.glob("[0-9][0-9]_*.py"))
 import check as course  # noqa: E402
 import checker  # noqa: E402
 
-from distill import divergence, future_reward, long_term_loss, reverse_kl, single_step_loss, token_reward  # noqa: E402
+from distill import (  # noqa: E402
+    divergence,
+    future_reward,
+    importance_weights,
+    long_term_loss,
+    minillm_loss,
+    reverse_kl,
+    single_step_loss,
+    token_reward,
+)
+from eval import rouge_l  # noqa: E402
 from model import predicting  # noqa: E402
-from sample import taken  # noqa: E402
+from sample import inverse_cdf, mix, taken  # noqa: E402
+
+
+def mixture(log_q, log_p, mix_alpha, uniform):
+    mixed = mix(log_q, log_p, mix_alpha)
+    token = inverse_cdf(mixed, uniform)
+    return token, taken(mixed, token)
+
+
+def four_weights(log_q, mixed_logp, mask):
+    of = {kind: importance_weights(log_q, mixed_logp, mask, kind) for kind in ("per_token", "product", "exact")}
+    per_token = of["per_token"][0]
+    return per_token * mask, of["product"][0] * mask, of["exact"][0] * mask, of["exact"][1] * per_token * mask
+
 
 # the answer to each exercise is a function of the main files
 ANSWERS = {
@@ -29,7 +52,14 @@ ANSWERS = {
         q, q.detach(), future_reward(token_reward(p, q.detach()) * mask, mask, length_norm=False,
                                      return_from="current"), torch.ones_like(q), math.inf)[0].sum(1).mean(),
     "04_single_step": lambda q, p, mask: single_step_loss(reverse_kl(q, p), torch.ones(mask.shape)) * mask,
+    "05_mixture": mixture,
+    "06_weights": four_weights,
     "07_length_norm": lambda reward, mask: future_reward(reward * mask, mask),
+    "08_clipping": lambda q, mixed, R, mask, clip_eps: (
+        long_term_loss(q, mixed, R, torch.ones_like(R), clip_eps)[0] * mask).sum(),
+    "09_rouge_l": lambda answer, references: float(rouge_l(answer, references)),  # the scorer gives 0 for ""
+    "10_minillm": lambda q, kl, mixed, R, mask, clip_eps: minillm_loss(
+        q, kl, q.detach(), mixed, R, mask, clip_eps=clip_eps)[:2],
 }
 
 

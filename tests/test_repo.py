@@ -63,7 +63,8 @@ def test_every_flag_is_read(name):
 
 def commands(text: str) -> set[str]:
     """The commands of a text: `python FILE.py ...`, or torchrun's, without what is told of them at their right."""
-    found = re.findall(r"(?m)(?:^|`|\s{2,})(?:torchrun \S+|(?:OMP_NUM_THREADS=1 )?python) ((?:reproduce/)?\w+\.py[^`\n]*)", text)
+    before = r"(?m)(?:^|`|\s{2,})(?:torchrun \S+|(?:OMP_NUM_THREADS=1 )?python)"
+    found = re.findall(before + r" ((?:reproduce/)?\w+\.py[^`\n]*)", text)
     return {re.split(r"\s{3,}|;|\s+#", line)[0].rstrip(",. ") for line in found}
 
 
