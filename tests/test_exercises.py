@@ -142,23 +142,29 @@ def test_the_table_of_a_class(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(course, "EXERCISES", [name])
     given = (FOLDER / f"{name}.py").read_text()
     solved = given.replace("    raise NotImplementedError  # yours", "    return spec(reward, response_mask)")
-    students = {"anna": solved, "ben": given, "carl": ENDLESS, "dora": "raise ValueError('no')\n", "emil": FLOOD,
-                "finn": "import sys\nsys.exit(0)\n", "gita": "import os\nos._exit(3)\n", "hugo": None,
+    students = {"anna": solved, "ben": given, "dora": "raise ValueError('no')\n", "hugo": None,
+                "finn": "import sys\nsys.exit(0)\n", "gita": "import os\nos._exit(3)\n",
                 "ida": "def solve(reward, response_mask):\n    return reward\n", "jan": "solve = (\n"}
     for student, source in students.items():
         (tmp_path / student).mkdir()
         if source is not None:
             (tmp_path / student / f"{name}.py").write_text(source)
     folders = tuple(str(tmp_path / student) for student in students)
-    rows = course.main(course.Config(folders, csv=str(tmp_path / "class.csv"), seconds=15, jobs=2))
+    rows = course.main(course.Config(folders, csv=str(tmp_path / "class.csv"), seconds=300, jobs=2))
     states = {Path(folder).name: verdicts[0][0] for folder, verdicts in rows.items()}
-    assert states == {"anna": "solved", "ben": "unsolved", "carl": "too long", "dora": "error", "emil": "too long",
-                      "finn": "error", "gita": "error", "hugo": "missing", "ida": "wrong", "jan": "error"}
+    assert states == {"anna": "solved", "ben": "unsolved", "dora": "error", "finn": "error", "gita": "error",
+                      "hugo": "missing", "ida": "wrong", "jan": "error"}
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 + len(students) and "1/1" in printed
     csv = (tmp_path / "class.csv").read_text().splitlines()
     assert csv[0] == "folder,exercise,state,message" and len(csv) == 1 + len(students)
-    assert "ValueError: no" in csv[4] and "exit code 3" in csv[7]
+    assert "ValueError: no" in csv[3] and "exit code 3" in csv[6]
+
+
+@pytest.mark.parametrize("source", [ENDLESS, FLOOD], ids=["endless", "flood"])
+def test_what_does_not_end_is_stopped(source, tmp_path):
+    (tmp_path / "07_length_norm.py").write_text(source)
+    assert course.verdict_on(tmp_path, "07_length_norm", 5.0)[0] == "too long"
 
 
 def test_this_folder_as_it_is_given(monkeypatch, capsys):
