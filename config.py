@@ -133,7 +133,7 @@ def check(cfg, **ranges: tuple[float, float]) -> None:
 def run(main: Callable, Config: type, presets: Callable[[dict], dict] | None = None) -> None:
     """What stands under `if __name__ == "__main__"`: flags in, main, mistakes out in one line with exit code 2."""
     cfg = parse(Config, sys.argv[1:], presets)
-    signal.signal(signal.SIGTERM, stop_now)
+    before = signal.signal(signal.SIGTERM, stop_now)
     try:
         main(cfg)
     except (Stopped, KeyboardInterrupt) as stop:
@@ -150,6 +150,7 @@ def run(main: Callable, Config: type, presets: Callable[[dict], dict] | None = N
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
+        signal.signal(signal.SIGTERM, before)
         if dist.is_initialized():
             dist.destroy_process_group()
 

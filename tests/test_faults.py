@@ -117,7 +117,7 @@ def test_the_exit_code_is_the_signals(monkeypatch, capsys):
         with pytest.raises(SystemExit) as ended:
             config.run(main, dataclasses.make_dataclass("Config", [], frozen=True))
         assert ended.value.code == 128 + signum and capsys.readouterr().err == f"eval.py: stopped ({signum.name})\n"
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_two_runs_in_one_folder(small, tmp_path):
@@ -258,7 +258,6 @@ def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch, capsys):
         config.run(main, dataclasses.make_dataclass("Config", [], frozen=True))
     assert ended.value.code == 2
     assert capsys.readouterr().err == "distill.py: [Errno 13] Permission denied: 'out/x/run.json.part'\n"
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
