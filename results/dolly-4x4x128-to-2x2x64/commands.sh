@@ -6,3 +6,13 @@ python teacher.py --model=2x2x64 --data=openstax.txt --updates=300 --evals=2 --v
 python teacher.py --model=out/base-teacher --data=dolly --updates=500 --evals=2 --valid_limit=100 --lr=1e-3 --out=out/teacher  # 14 min
 python teacher.py --model=out/base-student --data=dolly --updates=300 --evals=3 --select=loss --valid_limit=100 --lr=2e-3 --out=out/init  # 5 min
 python distill.py --teacher=out/teacher --student=out/init --corpus=openstax.txt --steps=480 --minibatch=16 --rollouts=64 --lr=3e-4 --warmup_steps=20 --eval_every=96 --valid_limit=100 --select=last --log_every=16 --out=out/real  # 49 min, 18 of them the final evaluation
+
+# evaluation.md and exposure.png: the other sets, exposure bias and BoolQ, in about 15 minutes; val.jsonl is SuperGLUE's
+for model in teacher init minillm; do  # links to the three folders, in out/
+    python eval.py --model=out/$model --data=dolly,self-inst,vicuna,sinst --seeds=2 --limit=250 --out=out/eval/$model
+    python calibration.py --model=out/$model --data=val.jsonl --limit=1000 --out=out/calibration/$model
+done
+for model in init minillm; do
+    python exposure.py --model=out/$model --teacher=out/teacher --data=dolly --samples=4 --limit=100 --out=out/exposure/$model
+done
+python report.py out/eval out/exposure out/calibration --out=out/report
