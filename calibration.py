@@ -104,7 +104,7 @@ def label_probabilities(model: GPT, prompts: Sequence[list[int]], labels: Sequen
     logp = torch.zeros(len(order), len(labels), dtype=torch.float64, device=m.device)  # (B, K)
     together = max(map(len, labels)) == 1  # labels of one token are all read off one pass
     groups = [range(len(labels))] if together else [[k] for k in range(len(labels))]
-    quiet = not progress or m.rank > 0
+    quiet = not progress or m.rank > 0 or None  # None: where it is not seen either
     for at in tqdm(range(0, len(order), batch_size), progress, leave=False, delay=2, disable=quiet):
         batch = [prompts[i] for i in order[at : at + batch_size]]
         for group in groups:

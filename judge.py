@@ -273,7 +273,7 @@ def ask_all(cfg: Config, questions: dict[str, list[dict]], cache: Path, cut_at: 
             file.truncate(cut_at)
         try:
             done = as_completed([pool.submit(work, key) for key in questions])
-            for future in tqdm(done, "judging", len(questions), leave=False, delay=2, unit=" replies"):
+            for future in tqdm(done, "judging", len(questions), leave=False, delay=2, unit=" replies", disable=None):
                 future.result()
         except (UserError, OSError, KeyboardInterrupt) as error:
             pool.shutdown(cancel_futures=True)  # what is on its way is paid for, and waited for

@@ -292,7 +292,8 @@ def fetch(name: str, file: str, repo_type: str = "model", revision: str | None =
     Raises UserError, with what to do, if the repository cannot be reached."""
     if Path(name).is_dir():
         return Path(name) / file if (Path(name) / file).is_file() else None
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    local = len(Path(name).parts) > 1 and Path(Path(name).parts[0]).is_dir()  # out/nowhere is no name on the hub
+    if local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         made = "; `python distill.py` makes it" if name.startswith("out/tiny") else ""
         raise UserError(f"{name!r} is neither a folder nor a name on the hub (NAME or OWNER/NAME){made}")
     from huggingface_hub import errors, hf_hub_download
@@ -464,5 +465,10 @@ def save(model: GPT, folder: Path) -> None:
             save_file(tensors, aside, metadata={"format": "pt", "crc32": str(crc)})
         except SafetensorError as error:  # a full disk, say
             raise UserError(f"{folder / 'model.safetensors'}: {error}") from None
+        either = [f'"format":"pt","crc32":"{crc}"'.encode(), f'"crc32":"{crc}","format":"pt"'.encode()]
+        with open(aside, "r+b") as file:  # safetensors writes them in either order; equal weights make equal files
+            head = file.read(4096)
+            file.seek(0)
+            file.write(head.replace(either[1], either[0], 1))
     with written_aside(folder / "config.json") as aside:
         aside.write_text(json.dumps(raw, indent=1) + "\n")

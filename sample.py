@@ -234,7 +234,8 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
     length, uniform = new(dtype=torch.int64), uniform.to(device)
     look_every = 16 if device.type == "cuda" else 1  # asking which rows have ended waits for the device
     order = sorted(range(B), key=lambda row: -len(prompts[row]))  # longest first: memory is asked for once
-    bar = tqdm(total=B, desc=progress, unit=" answers", leave=False, delay=2, disable=not progress or m.rank > 0)
+    bar = tqdm(total=B, desc=progress, unit=" answers", leave=False, delay=2,
+               disable=not progress or m.rank > 0 or None)  # None: where it is not seen either
     while order:
         batch, fits = order[:batch_size], True
         try:

@@ -35,6 +35,20 @@ def solve(q_logits: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---- what checks it -------------------------------------------------------------------------------------------------
 
+def checked(solve):
+    """What is compared: both KLs, value 1, and the gradients of each by q_logits, value 2."""
+    def kls_and_gradients(q_logits: Tensor, p: Tensor) -> tuple:
+        q_logits = q_logits.detach().requires_grad_()
+        kls, none = solve(q_logits, p), torch.zeros_like(p)
+        if not isinstance(kls, tuple) or not all(isinstance(kl, Tensor) for kl in kls):
+            return kls, (none, none)
+        gradients = tuple(torch.autograd.grad(kl.sum(), q_logits, retain_graph=True)[0] if kl.requires_grad else none
+                          for kl in kls)
+        return tuple(kl.detach() for kl in kls), gradients
+
+    return kls_and_gradients
+
+
 def cases():
     generator = torch.Generator().manual_seed(2)
     normal = lambda K: torch.randn(K, generator=generator)
@@ -59,7 +73,7 @@ def unnormalised(q_logits: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 SLIPS = {
     "the two are swapped: forward, KL[p||q], averages over p and comes first": lambda z, p: spec(z, p)[::-1],
-    "this is a mean over the symbols; an expectation is a sum, its weights are the probabilities":
+    "this is a mean over the symbols (kl_div's reduction, perhaps); an expectation is a sum, weighed by probabilities":
         lambda z, p: tuple(kl / len(p) for kl in spec(z, p)),
     "q_logits are taken for log q: they have to be normalised first": unnormalised,
     "these are cross-entropies, -sum p log q and -sum q log p: the entropy of what is averaged over is left out":
@@ -69,7 +83,10 @@ SLIPS = {
 HINTS = ("Make log q and log p first. Each KL is then one line: weights, times a difference of logarithms, summed.",
          "log_softmax gives log q, also where softmax gives 0, whose logarithm is no number. The weights are those of "
          "the distribution named first: KL[p||q] has p, KL[q||p] has q.")
-EXERCISE = Exercise(solve, spec, cases, SLIPS, HINTS)
+SLIPS |= {"no gradient flows through these to q_logits: nothing could be trained with them":
+          lambda z, p: tuple(kl.detach() for kl in spec(z, p))}
+SLIPS = {words: checked(slip) for words, slip in SLIPS.items()}
+EXERCISE = Exercise(checked(solve), checked(spec), cases, SLIPS, HINTS)
 
 
 # ---- Figure 2 -------------------------------------------------------------------------------------------------------

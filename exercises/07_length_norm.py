@@ -1,7 +1,7 @@
 """7. Length normalisation: what comes after a token, as a mean.
 
 Paper:    arXiv 2306.08543v4, Section 2.2, Eq. (6): R_{t+1} is divided by the number of its terms, so that a long answer
-          is not worse for being long. As printed, the divisor is T - t - 1; count the terms of the sum yourself.
+          is not worse for being long. As printed, the divisor is T - t - 1, t counted from 1; count the terms yourself.
 Task:     solve(reward, response_mask) gives, at each t, the mean of the rewards after t: r_{t+1} ... r_T. Where nothing
           comes after t, and in the padding, it is 0.
 Allowed:  torch, and no loop over rows. One over t is fine; none is better.

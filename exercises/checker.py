@@ -42,33 +42,41 @@ class Verdict:
 
 
 def check(exercise: Exercise, solve: Callable | None = None) -> Verdict:
-    """Tries every case; the verdict is on the first that fails."""
-    solve, cases = solve or exercise.solve, list(exercise.cases())
-    given, wanted = [], []
-    for name, arguments in cases:
+    """Tries the cases up to the first that cannot be compared. A wrong value tells more than such a case, so it is told
+    first: by the slip that gives the same values, or else as a difference."""
+    solve, fault, tried = solve or exercise.solve, Verdict("solved"), []  # tried: (name, arguments, given, wanted)
+    for name, arguments in exercise.cases():
         mine, theirs = copy.deepcopy(arguments), copy.deepcopy(arguments)
-        wanted.append(exercise.spec(*theirs))
+        wanted = exercise.spec(*theirs)
         try:
-            given.append(solve(*mine))
+            given = solve(*mine)
         except NotImplementedError:
             return Verdict("unsolved", "nothing is written yet: replace the line that raises NotImplementedError")
         except Exception as error:  # a student's code may raise anything
             lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
             where = f", line {lines[-1].lineno} of {Path(lines[-1].filename).name}" if lines else ""
-            return Verdict("error", f"case '{name}': {type(error).__name__}: {first_line(error)}{where}")
-        if fault := form(given[-1], wanted[-1]):
-            return Verdict("wrong", f"case '{name}': {fault}")
+            fault = Verdict("error", f"case '{name}': {type(error).__name__}: {first_line(error)}{where}")
+            break
+        if words := form(given, wanted):
+            fault = Verdict("wrong", f"case '{name}': {words}")
+            break
         if not same(mine, arguments, 0.0):
-            return Verdict("wrong", f"case '{name}': the arguments were changed in place; work on copies")
-    wrong = [n for n in range(len(cases)) if not same(given[n], wanted[n], exercise.tolerance)]
-    if not wrong:
-        return Verdict("solved")
-    for words, slip in exercise.slips.items():
-        made = [slip(*copy.deepcopy(arguments)) for _, arguments in cases]
-        if all(not form(m, w) and same(g, m, exercise.tolerance) for g, m, w in zip(given, made, wanted)):
-            return Verdict("wrong", words)
-    n = wrong[0]
-    return Verdict("wrong", f"case '{cases[n][0]}': {difference(given[n], wanted[n], exercise.tolerance)}")
+            fault = Verdict("wrong", f"case '{name}': the arguments were changed in place; work on copies")
+            break
+        tried.append((name, arguments, given, wanted))
+    broken = next((f"case '{name}': the answer holds infinity or what is no number"
+                   for name, _, given, wanted in tried if not_finite(given) and not not_finite(wanted)), "")
+    wrong = [(name, given, wanted) for name, _, given, wanted in tried if not agree(given, wanted, exercise.tolerance)]
+    for words, slip in exercise.slips.items() if wrong else ():
+        made = [(given, slip(*copy.deepcopy(arguments)), wanted) for _, arguments, given, wanted in tried]
+        if all(not form(m, w) and agree(g, m, exercise.tolerance) for g, m, w in made):
+            return Verdict("wrong", words + f"; besides, {broken}" * bool(broken))
+    if broken:
+        return Verdict("wrong", broken)
+    if wrong:
+        name, given, wanted = wrong[0]
+        return Verdict("wrong", f"case '{name}': {difference(given, wanted, exercise.tolerance)}")
+    return fault
 
 
 def first_line(error: Exception) -> str:
@@ -91,8 +99,6 @@ def form(given, wanted, name: str = "the answer") -> str:
             return f"{name} should have the shape {tuple(wanted.shape)}, it has {tuple(given.shape)}"
         if given.dtype != wanted.dtype:
             return f"{name} should be {str(wanted.dtype)[6:]}, it is {str(given.dtype)[6:]}"
-        if wanted.is_floating_point() and not given.isfinite().all() and wanted.isfinite().all():
-            return f"{name} holds infinity or what is no number, at {place(~given.isfinite())}"
     elif isinstance(given, Tensor) or not isinstance(given, type(wanted)):
         return f"{name} should be a plain {type(wanted).__name__}, not {kind(given)}"
     return ""
@@ -102,8 +108,22 @@ def kind(value) -> str:
     return f"{len(value)} values" if isinstance(value, tuple) else f"a {type(value).__name__}"
 
 
-def place(where: Tensor) -> str:
-    return str(where.nonzero()[0].tolist()) if where.dim() else "its one place"
+def not_finite(value) -> bool:
+    """Whether an answer holds infinity, or what is no number."""
+    if isinstance(value, tuple):
+        return any(map(not_finite, value))
+    return not value.isfinite().all() if isinstance(value, Tensor) else isinstance(value, float) and not math.isfinite(
+        value)
+
+
+def agree(given, wanted, tolerance: float) -> bool:
+    """Whether two answers of one form are equal where the first is a finite number."""
+    if isinstance(wanted, tuple):
+        return all(agree(g, w, tolerance) for g, w in zip(given, wanted))
+    if isinstance(wanted, Tensor) and wanted.is_floating_point() and not_finite(given) and not not_finite(wanted):
+        finite = given.isfinite()
+        return same(given[finite], wanted[finite], tolerance)
+    return same(given, wanted, tolerance)
 
 
 def same(given, wanted, tolerance: float) -> bool:

@@ -120,11 +120,26 @@ def example(solve):
     (lambda x: (2 * x, torch.tensor(2)), "value 2 should be a plain int, not a Tensor"),
     (lambda x: (x * x, 2), "this is squared"),
     (lambda x: (2 * x + (x == 4), 2), "at [1, 1] yours is 9, it should be 8"),
-    (lambda x: (2 * x, 3), "value 2: yours is 3, it should be 2"), (lambda x: (2 * x / (x - 1), 2), "infinity"),
+    (lambda x: (2 * x, 3), "value 2: yours is 3, it should be 2"),
+    (lambda x: (2 * x * (x - 1) / (x - 1), 2), "infinity"),
+    (lambda x: (x * x * (x - 1) / (x - 1), 2), "this is squared; besides, case 'a case': the answer holds infinity"),
     (lambda x: (x.mul_(2), 2), "changed in place"), (lambda x: x[7], "IndexError"), (lambda: 1, "TypeError")])
 def test_the_checker_says_what_is_wrong(solve, words):
     verdict = example(solve)
     assert verdict.state in ("wrong", "error") and words in verdict.message and "\n" not in verdict.message
+
+
+def test_a_wrong_value_is_told_before_a_case_that_breaks():
+    """Swapped KLs, of logits whose softmax is 0 somewhere, break in a later case: the slip is named all the same."""
+    module, checked = exercise("02_two_kls")
+    kl = lambda a, b: (a * (a.log() - b.log())).sum()
+    verdict = checker.check(module.EXERCISE, checked(lambda z, p: (kl(z.softmax(0), p), kl(p, z.softmax(0)))))
+    assert verdict.message.startswith("the two are swapped") and "'logits far apart'" in verdict.message
+    verdict = checker.check(module.EXERCISE, checked(lambda z, p: (kl(p, z.softmax(0)), kl(z.softmax(0), p))))
+    assert verdict.message.startswith("case 'logits far apart': the answer holds infinity")
+    verdict = checker.check(importlib.import_module("07_length_norm").EXERCISE, lambda r, m: (
+        (r * m).flip(1).cumsum(1).flip(1) / m.flip(1).cumsum(1).flip(1)))
+    assert verdict.message.startswith("the sum begins with r_t") and "no number" in verdict.message
 
 
 def test_the_checker_accepts_what_is_right():

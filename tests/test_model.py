@@ -403,3 +403,16 @@ def test_a_padded_vocabulary_is_cut_to_gpt2s_tokens(tmp_path):
     same_vocabulary(cut.config, GPTConfig())
     save(random_gpt(vocab_size=50300, eos_token_id=50256), tmp_path)
     refused(lambda: same_vocabulary(load(str(tmp_path)).config, GPTConfig()), "50,300")
+
+
+def test_equal_weights_make_equal_files(tmp_path):
+    """The header's entries have one order, so that runs can be compared by their files."""
+    for n in range(8):
+        save(random_gpt(), tmp_path / str(n))
+    assert len({(tmp_path / str(n) / "model.safetensors").read_bytes() for n in range(8)}) == 1
+
+
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    refused(lambda: load("out/nowhere"), "'out/nowhere' is neither a folder")
