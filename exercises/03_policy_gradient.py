@@ -78,6 +78,8 @@ SLIPS = {
     "these are the rewards up to t; R_t is made of those from t on":
         lambda q, p, m: spec(q.flip(1), p.flip(1), m.flip(1)).flip(1),
     "this is R_{t+1}, as in Eq. (3)'s long term; R_t of Eq. (2) begins with r_t": spec_next,
+    "every token is multiplied by the whole return; what was earned before t is no merit of y_t":
+        lambda q, p, m: -((p - q) * m).sum(1, keepdim=True) * m / len(q),
     "this is a mean over tokens; Eq. (2) sums over the tokens of an answer, and averages over answers":
         lambda q, p, m: spec(q, p, m) * len(q) / m.sum(),
     "this is a mean over all positions of the array; sum over the tokens of an answer, and average over answers":

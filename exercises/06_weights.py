@@ -9,7 +9,7 @@ Task:     solve(student_logp, mixed_logp, response_mask) gives four weights for 
           exact_long    w_1 ... w_T, the whole answer: what R_{t+1} depends on
           They are numbers and carry no gradient. In a message value 1 is the weights, value 2 whether one does.
 Allowed:  torch, and no loop.
-In words: two of the four are exact; which, and each for what? Why does one still train with w_t alone? Think of an
+In words: which are exact, and each for which term? Why does one still train with w_t alone? Think of an
           answer of 200 tokens: --bias measures three tokens only.
 Run:      python exercises/06_weights.py               then --hint, then --hint=2
           python exercises/06_weights.py --bias        bias and noise of the gradient that each leads to, by oracle.py

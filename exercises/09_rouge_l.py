@@ -49,6 +49,7 @@ def cases():
     yield "a word said twice", ("the the the cat", ["the cat and the dog"])
     yield "case and punctuation", ("The cat, the DOG; and 2 owls!", ["the cat (the dog) and 2 owls."])
     yield "a hyphen parts words, and so does an apostrophe", ("the red-hot cat's mat", ["red hot cat s mat"])
+    yield "an underscore, an accent and a digit", ("a_b 3 caf\u00e9", ["a b 4 caf"])
     yield "several references", ("a big dog", ["a cat", "a big red dog", "the dog", ""])
     yield "gaps on both sides", ("a x b y c z", ["u a v b w c"])
     yield "nothing in common", ("yes", ["no"])

@@ -69,6 +69,8 @@ def verdict_on(folder: Path, name: str, seconds: float) -> tuple[str, str]:
     path = (folder / f"{name}.py").resolve()
     if not path.is_file():
         return "missing", "there is no such file"
+    if name.startswith("bug") and path.read_bytes() == (HERE / path.name).read_bytes():
+        return "unsolved", "as it was given"
     with tempfile.TemporaryDirectory() as scratch:
         verdict = Path(scratch) / "verdict.json"
         command = [sys.executable, str(HERE / "check.py"), "--judge", name, str(path), str(verdict)]

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -214,6 +215,11 @@ def test_a_silent_bug_runs_is_wrong_and_can_be_repaired(name, tmp_path, capsys):
     assert source.count(given) == 1
     (tmp_path / f"{name}.py").write_text(source.replace(given, repaired))
     assert checker.check(module.EXERCISE, checked(course.load(tmp_path / f"{name}.py").solve)).state == "solved"
+
+
+def test_a_silent_bug_that_nobody_touched_is_unsolved(tmp_path):
+    shutil.copy(FOLDER / "bug_1.py", tmp_path)
+    assert course.verdict_on(tmp_path, "bug_1", 60.0) == ("unsolved", "as it was given")
 
 
 def test_every_silent_bug_has_its_repair():
