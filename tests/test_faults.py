@@ -288,6 +288,26 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_more(small, finishe
         distill.main(small(baselines="", out=str(tmp_path / "none")))
 
 
+def test_what_a_failed_attempt_had_added_to_the_gradient_is_forgotten(capsys):
+    """Memory may suffice for the first micro-batch, and not for the second."""
+    gpt, tokens = random_gpt(), torch.randint(0, 11, (4, 6), generator=torch.Generator().manual_seed(0))
+
+    def add_up(micro_batch, room):
+        for at in range(0, 4, micro_batch):
+            if micro_batch > room and at:
+                raise torch.OutOfMemoryError
+            gpt.logits(gpt(tokens[at : at + micro_batch])).square().sum().backward()
+        return micro_batch
+
+    gradients = []
+    for room in (4, 1):
+        gpt.zero_grad()
+        assert supervised.fitting(add_up, 2, gpt, room) == ((2, 2) if room == 4 else (1, 1))
+        gradients.append(gpt.wte.weight.grad.clone())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-3)
+    assert "--micro_batch=2 is 1 from here on" in capsys.readouterr().out
+
+
 def test_out_of_memory_while_sampling_changes_nothing(m, monkeypatch, capsys):
     student, prompts = random_gpt(), [[1, 2, 3], [4], [5, 6], [7, 8, 9, 1, 2], [3, 3]]
     draw = lambda **more: sample(student, prompts, uniforms(0, range(5), 12), m, **more)
