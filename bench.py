@@ -37,7 +37,7 @@ from config import Machine, UserError, check, flag, machine, run
 from data import Example, Row
 from eval import rouge_l
 from model import GPT, GPTConfig, frozen, is_shape, new, trained
-from sample import Rollout, sample, uniforms
+from sample import Rollout, sample, turns, uniforms
 
 PARTS = ("sample_q", "sample_p", "sample_mixed", "update", "cycle", "collection", "sft", "rouge")
 
@@ -49,6 +49,7 @@ class Config:
     teacher: str = flag("24x16x1024", "likewise; gpt2-medium is 24x16x1024, gpt2-xl 48x25x1600")
     batch: int = flag(8, "answers decoded together, and answers of an update, B")
     micro_batch: int | None = flag(None, "answers of a forward pass in an update; default all of them")
+    turns: bool = flag(True, "in the mixture p or q draws a token of all answers of a batch; else each from p~")
     capture: bool = flag(False, "on a GPU: record a decoding step as a CUDA graph, and replay it")
     recompute: bool = flag(False, "make each layer again in the backward pass")
     compile: bool = flag(False, "torch.compile what is trained")
@@ -114,7 +115,7 @@ class Ours:
     """Each part as a function of nothing. What a part needs is made when it is first asked for."""
 
     def __init__(self, cfg: Config, m: Machine, response_tokens: int):
-        self.cfg, self.m, self.T, self.spent = cfg, m, response_tokens, {}
+        self.cfg, self.m, self.T, self.spent, self.collections = cfg, m, response_tokens, {}, 0
         self.prompts = draw(cfg.batch, cfg.prompt_tokens)
         self.samples = [Example(Row(""), row[:1], row[1:]) for row in draw(cfg.batch, cfg.sft_tokens)]
         self.pieces = [Example(Row(""), row[:1], row[1:]) for row in draw(cfg.batch, cfg.pt_tokens)]
@@ -153,9 +154,12 @@ class Ours:
     def decode(self, model: GPT, teacher: GPT | None, answers: int | None = None) -> Rollout:
         answers = answers or self.cfg.batch
         prompts = [self.prompts[i % self.cfg.batch] for i in range(answers)]
+        alpha, groups, self.collections = 0.2 if teacher else 0.0, answers // self.cfg.batch, self.collections + 1
+        taking = teacher is not None and self.cfg.turns
+        turn = turns(0, self.collections, range(answers), self.T, alpha, groups) if taking else None
         with self.clocked("decode"):
-            return sample(model, prompts, uniforms(0, range(answers), self.T), self.m, teacher,
-                          0.2 if teacher else 0.0, self.cfg.batch, keep_hidden=teacher is not None)
+            return sample(model, prompts, uniforms(0, range(answers), self.T), self.m, teacher, alpha, self.cfg.batch,
+                          keep_hidden=teacher is not None, turn=turn)
 
     def sample_q(self) -> None:
         self.decode(self.q, None)

@@ -43,7 +43,7 @@ from config import (
     write_lines,
 )
 from model import GPT, by_chunks, frozen, is_shape, load, predicting, same_vocabulary, trained
-from sample import Rollout, follow, mix, sample, taken, uniforms
+from sample import Rollout, follow, mix, sample, taken, turns, uniforms
 
 # ---- the equations, in the paper's order ----------------------------------------------------------------------------
 # Tensors in, tensors out. A sequence ends by its mask; entries of (B, T) tensors outside of it are 0.
@@ -184,6 +184,7 @@ class Config:
     mix_alpha: float = flag(0.2, "teacher's share in sampling, alpha of Eq. (4)")
     source: Literal["mixed", "student", "teacher", "gold"] = flag(
         "mixed", "where answers come from: the mixture; q or p alone, which is --mix_alpha=0 or 1; or the references")
+    turns: int = flag(0, "groups of a collection's answers; in each p or q draws a token of all; 0: each from p~")
     divergence: Literal["reverse", "forward", "js", "skew"] = flag(
         "reverse", "of the single step; another than the paper's goes without the long term, which is reverse KL's")
     single_step: bool = flag(True, "L_Single of Eq. (3); without it the gradient is Eq. (2), whose return holds r_t")
@@ -222,11 +223,11 @@ class Config:
 
     def __post_init__(self):
         check(self, steps=(1, 10**9), lr=(0, 10), warmup_steps=(0, 10**9), rollouts=(1, 10**6), minibatch=(1, 10**6),
-              inner_epochs=(1, 1000), mix_alpha=(0, 1), gamma=(0, 1), reward_scale=(1e-9, 1e9), clip_eps=(0, math.inf),
-              reward_clip=(1e-9, math.inf), pt_coef=(0, 1e9), pt_kd=(0, 1), grad_clip=(1e-9, math.inf),
-              weight_decay=(0, 10), max_prompt_tokens=(1, 1022), max_tokens=(2, 1024), eval_every=(1, 10**9),
-              valid_limit=(1, 10**9), eval_seeds=(1, 1000), micro_batch=(1, 10**6), sample_batch=(1, 10**6),
-              vocab_chunk=(1, 10**9), seed=(0, 2**62), log_every=(1, 10**9))
+              inner_epochs=(1, 1000), mix_alpha=(0, 1), turns=(0, 10**6), gamma=(0, 1), reward_scale=(1e-9, 1e9),
+              clip_eps=(0, math.inf), reward_clip=(1e-9, math.inf), pt_coef=(0, 1e9), pt_kd=(0, 1),
+              grad_clip=(1e-9, math.inf), weight_decay=(0, 10), max_prompt_tokens=(1, 1022), max_tokens=(2, 1024),
+              eval_every=(1, 10**9), valid_limit=(1, 10**9), eval_seeds=(1, 1000), micro_batch=(1, 10**6),
+              sample_batch=(1, 10**6), vocab_chunk=(1, 10**9), seed=(0, 2**62), log_every=(1, 10**9))
         if self.rollouts % self.minibatch:
             raise UserError(f"--rollouts={self.rollouts} is not a multiple of --minibatch={self.minibatch}")
         if self.max_prompt_tokens >= self.max_tokens:
@@ -236,6 +237,9 @@ class Config:
             raise UserError("--single_step=False, --long_term=False and --pt_coef=0 leave nothing to learn from")
         if self.warmup_steps >= self.steps:
             raise UserError(f"--warmup_steps={self.warmup_steps} leaves none of --steps={self.steps} at the full --lr")
+        if self.capture and self.turns:
+            raise UserError(f"--capture records a step of both models, and --turns={self.turns} takes one of either: "
+                            "give --turns=0 too")
         if self.mix_alpha != ALONE.get(self.source, self.mix_alpha):
             raise UserError(f"--source={self.source} and --mix_alpha={self.mix_alpha} contradict each other: give one")
         wrong = f"--long_term={self.long_term}" if self.long_term else f"--weight={self.weight}"
@@ -258,7 +262,7 @@ class Config:
 # Appendix B.1; warm-up, weight decay and betas are the released scripts', for the paper does not name them.
 PAPER = dict(teacher="gpt2-xl", student="gpt2", data="dolly", corpus="openwebtext", baselines="", steps=5000, lr=5e-6,
              warmup_steps=100, pt_coef=1.0, max_prompt_tokens=256, max_tokens=512, eval_every=320, valid_limit=1000,
-             select="rouge_l", micro_batch=8, sample_batch=64, log_every=1, dtype="auto")
+             select="rouge_l", turns=4, micro_batch=8, sample_batch=64, log_every=1, dtype="auto")
 # What the released code computes; README, "Where we differ".
 OFFICIAL = dict(gamma=0.95, return_from="current", whiten="all", reward_scale=2.0, reward_clip=100.0,
                 weight_single=False, normalize="token", pt_kd=0.5)
@@ -302,8 +306,9 @@ def collect(cfg: Config, collection: int, mine: list[int], instructions: list[da
     examples, student = [instructions[chosen[i]] for i in mine], frozen(student, m.dtype)
     if cfg.source == "gold":
         return follow(student, examples, T, m, teacher, cfg.micro_batch)
+    turn = turns(cfg.seed, collection, mine, T, cfg.mix_alpha, cfg.turns) if cfg.turns else None
     return sample(student, [example.prompt for example in examples], uniforms(cfg.seed, [first + i for i in mine], T),
-                  m, teacher, cfg.mix_alpha, cfg.sample_batch, keep_hidden=True)
+                  m, teacher, cfg.mix_alpha, cfg.sample_batch, keep_hidden=True, turn=turn)
 
 
 def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], m: Machine,

@@ -6,6 +6,7 @@ Left out: the download; that answers end before they are of full length, so the 
 """
 
 import gc
+import math
 import os
 import time
 from collections.abc import Callable
@@ -225,6 +226,15 @@ class Draft:
         steps = answers / self.cfg.sample_batch * self.longest / self.m.world
         return steps * sum(cost.step(config.n_layer) for config, cost in map(self.shape, names))
 
+    def take_turns(self, answers: float) -> float:
+        """Seconds to decode answers of full length by turns: what a model did not draw is read as in a forward pass."""
+        cfg, time, samples = self.cfg, 0.0, answers / self.m.world
+        for name, share in ((cfg.student, 1 - cfg.mix_alpha), (cfg.teacher, cfg.mix_alpha)):
+            (config, cost), read = self.shape(name), (1 - share) * self.longest
+            steps = samples / min(cfg.sample_batch, math.ceil(cfg.rollouts / cfg.turns)) * share * self.longest
+            time += steps * cost.step(config.n_layer) + cost.judge(config.n_layer, samples, read, read)
+        return time
+
     def supervised(self, name: str, s: supervised.Config) -> Line:
         config, cost = self.shape(s.model)
         updates, evals, lr = supervised.schedule(s, config, self.rows)
@@ -251,7 +261,9 @@ class Draft:
         (student, cost), (judge, judge_cost) = self.shape(cfg.student), self.shape(cfg.teacher)
         answers, samples = cfg.steps * cfg.minibatch / cfg.inner_epochs, cfg.steps * cfg.minibatch / m.world
         validated = (cfg.steps / cfg.eval_every + 1) * min(cfg.valid_limit, self.rows)
-        time = self.decode([cfg.student, cfg.teacher], answers + validated) + cfg.steps * cost.update(student.n_layer)
+        both = [cfg.student, cfg.teacher]
+        time = self.decode(both, validated) + (self.take_turns(answers) if cfg.turns else self.decode(both, answers))
+        time += cfg.steps * cost.update(student.n_layer)
         time += cost.train(student.n_layer, samples, self.tokens, self.answer_tokens, cfg.recompute)
         time += judge_cost.judge(0, samples, 0, self.answer_tokens)
         if cfg.pt_coef:

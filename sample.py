@@ -86,9 +86,22 @@ def uniforms(seed: int, answers: Iterable[int], length: int) -> Tensor:
     return torch.from_numpy(np.array([stream.random(length) for stream in streams]).reshape(-1, length))
 
 
+def turns(seed: int, collection: int, answers: Iterable[int], length: int, mix_alpha: float, groups: int) -> Tensor:
+    """(B, T) bool: whether the teacher is to draw a token, which it is with probability alpha. That is Eq. (4) too: a
+    draw from alpha p + (1 - alpha) q is one from p with probability alpha, else one from q.
+
+    Answer i of a collection has the turns of group i % groups. For one answer they are independent; over the groups
+    they are spread evenly, so that at each position as many as can be expected have the teacher's turn."""
+    key = np.array([seed + 2**63, collection], dtype=np.uint64)  # not an answer's: their seeds are smaller
+    stream = np.random.Generator(np.random.Philox(key=key))
+    group = np.array([i % groups for i in answers], dtype=np.int64)  # (B,)
+    uniform = (stream.random(length) + group[:, None] / groups) % 1  # (B, T)
+    return torch.from_numpy(uniform < mix_alpha)
+
+
 def taken(logp_vocab: Tensor, token: Tensor) -> Tensor:
-    """(b, V), (b,) -> (b,)"""
-    return logp_vocab.gather(-1, token[:, None]).squeeze(-1)
+    """(..., V), (...) -> (...)"""
+    return logp_vocab.gather(-1, token[..., None]).squeeze(-1)
 
 
 # ---- rollouts -------------------------------------------------------------------------------------------------------
@@ -142,7 +155,7 @@ class Decoder:
     What a step needs and makes stays on the device, and it works in place, so that it can be recorded."""
 
     def __init__(self, models: list[GPT], batch: list[int], rollout: Rollout, length: Tensor, uniform: Tensor,
-                 m: Machine, draw_from: Callable, no_repeat_ngram: int):
+                 m: Machine, draw_from: Callable, no_repeat_ngram: int, turn: list[bool] | None):
         self.models, self.rollout, self.length, self.uniform, self.m = models, rollout, length, uniform, m
         self.draw_from, prompts = draw_from, [rollout.prompts[row] for row in batch]
         self.tokens, self.starts = data.pad_left(prompts, m.device)  # (b, P), (b,)
@@ -158,9 +171,12 @@ class Decoder:
         self.no_repeat_ngram, padding = no_repeat_ngram, torch.arange(self.P, device=m.device) < self.starts[:, None]
         self.seen = self.tokens.masked_fill(padding, -1) if no_repeat_ngram else None  # (b, P + t)
         self.recorded = Recorded() if m.capture else None
+        self.turn, self.noted = turn, [0, 0]  # of the answers, how many tokens' log-probabilities each model has noted
 
     def advance(self, t: int) -> None:
         """One token of every row: the first behind the prompts, any other behind the one before."""
+        if self.turn is not None:
+            return self.read(int(self.turn[t]), t, draws=True)
         if self.recorded is None or t == 0:
             self.tokens = self.step()
             return
@@ -181,24 +197,54 @@ class Decoder:
         if self.seen is not None:
             drawn_from = without_repeats(drawn_from, self.seen, self.no_repeat_ngram)
         token = inverse_cdf(drawn_from, self.uniform[rows, t])  # (b,)
-        out.response[rows, t], self.length[rows] = token, torch.where(self.done, self.length[rows], t + 1)
+        self.say(token, t)
         out.student_logp[rows, t], out.mixed_logp[rows, t] = taken(log_q, token), taken(drawn_from, token)
         if out.teacher_logp is not None:
             out.teacher_logp[rows, t] = taken(log_p, token)
             out.reverse_kl[rows, t] = (log_q.exp() * (log_q - log_p)).sum(-1)
         if out.teacher_hidden is not None:
             out.teacher_hidden[rows, t] = hidden[1].to(self.m.dtype)
-        self.done.logical_or_(token == self.models[0].config.eos_token_id)
         self.t.add_(1)
         if self.seen is not None:
             self.seen = torch.cat([self.seen, token[:, None]], 1)
         return token[:, None]
 
-    def keep_alive(self) -> bool:
+    def say(self, token: Tensor, t: int | Tensor) -> None:
+        """y_t of each row, (b,)."""
+        self.rollout.response[self.rows, t] = token
+        self.length[self.rows] = torch.where(self.done, self.length[self.rows], t + 1)
+        self.done.logical_or_(token == self.models[0].config.eos_token_id)
+
+    def read(self, which: int, t: int, draws: bool) -> None:
+        """The student (0) or the teacher (1) reads in one pass all that was said since it last read, draws y_t if it is
+        its turn, and notes what it gives to each token up to y_t."""
+        model, cache, out, first = self.models[which], self.caches[which], self.rollout, self.noted[which]
+        text = torch.cat([self.tokens, out.response[self.rows, :t]], 1)[:, cache.length :]  # (b, n)
+        with self.m.autocast():
+            hidden = model(text, self.starts if self.padded else None, cache)[:, first - t - 1 :]  # of y_first to y_t
+            for part in hidden.split(max(1, self.m.vocab_chunk // len(text)), 1):
+                logp_vocab, upto = model.logits(part).log_softmax(-1), first + part.size(1)  # (b, n, V)
+                if draws and upto == t + 1:
+                    self.say(inverse_cdf(logp_vocab[:, -1], self.uniform[self.rows, t]), t)
+                logp = taken(logp_vocab, out.response[self.rows, first:upto])
+                (out.teacher_logp if which else out.student_logp)[self.rows, first:upto] = logp
+                if which and out.teacher_hidden is not None:
+                    out.teacher_hidden[self.rows, first:upto] = part.to(self.m.dtype)
+                first = upto
+        self.noted[which] = t + 1
+
+    def catch_up(self, t: int) -> None:
+        """Each model reads what it has not."""
+        for which in range(2):
+            if self.turn is not None and self.noted[which] <= t:
+                self.read(which, t, draws=False)
+
+    def keep_alive(self, t: int) -> bool:
         """Whether any row goes on. Lets go of those that have ended once they are many: copying caches costs something,
         recording for fewer rows costs more."""
         alive = (~self.done).nonzero().squeeze(1)
         if 0 < len(alive) <= (0.5 if self.recorded else 0.75) * len(self.rows):
+            self.catch_up(t)
             self.rows, self.done, self.tokens, self.starts = (
                 values[alive] for values in (self.rows, self.done, self.tokens, self.starts))
             self.seen = None if self.seen is None else self.seen[alive]
@@ -211,44 +257,51 @@ class Decoder:
 def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, teacher: GPT | None = None,
            mix_alpha: float = 0.0, batch_size: int = 64, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
            no_repeat_ngram: int = 0, keep_hidden: bool = False, on_token: Callable | None = None,
-           progress: str = "") -> Rollout:
+           progress: str = "", turn: Tensor | None = None) -> Rollout:
     """An answer of at most T tokens to each of B prompts, drawn from Eq. (4)'s mixture; uniform (B, T) sets T.
 
     Both models read a prompt once, then advance together, token by token. Prompts of like length are decoded together,
-    and rows that have ended leave. Pass `frozen` models. on_token(row, token) hears of each token as it is drawn."""
+    and rows that have ended leave. Pass `frozen` models. on_token(row, token) hears of each token as it is drawn.
+
+    With turn (B, T), from `turns`, a token is drawn by the model whose turn it is, and the other reads it later, some
+    tokens in one pass. Rows with the same turns are decoded together. There is no reverse_kl then."""
     (B, T), device = uniform.shape, m.device
     if mix_alpha and teacher is None:
         raise UserError(f"--mix_alpha={mix_alpha} mixes with a teacher: give --teacher")
     if no_repeat_ngram == 1:
         raise UserError("--no_repeat_ngram=1 would let no token be said twice: give 2 or more, or 0")
+    if turn is not None and (m.capture or no_repeat_ngram or (temperature, top_k, top_p) != (1, 0, 1)):
+        raise UserError("--turns goes with neither --capture nor a rule on what may be drawn: give --turns=0")
     if no_repeat_ngram and m.capture:
         raise UserError("--no_repeat_ngram looks back over more tokens at each step, and --capture records one step")
     new = lambda *shape, dtype=torch.float32: torch.zeros(B, *shape, dtype=dtype, device=device)
     rollout = Rollout(prompts, response=new(T, dtype=torch.int64), response_mask=new(T, dtype=torch.bool),
                       ended=new(dtype=torch.bool), student_logp=new(T), mixed_logp=new(T))
     if teacher:
-        rollout.teacher_logp, rollout.reverse_kl = new(T), new(T)
+        rollout.teacher_logp, rollout.reverse_kl = new(T), new(T) if turn is None else None
     if teacher and keep_hidden:
         rollout.teacher_hidden = new(T, teacher.config.n_embd, dtype=m.dtype)
     draw_from = lambda log_q, log_p: restrict(mix(log_q, log_p, mix_alpha), temperature, top_k, top_p)
     length, uniform = new(dtype=torch.int64), uniform.to(device)
     look_every = 16 if device.type == "cuda" else 1  # asking which rows have ended waits for the device
-    order = sorted(range(B), key=lambda row: -len(prompts[row]))  # longest first: memory is asked for once
+    together = [()] * B if turn is None else turn.tolist()  # rows in which this is equal may be decoded together
+    order = sorted(range(B), key=lambda row: (together[row], -len(prompts[row])))  # longest first
     bar = tqdm(total=B, desc=progress, unit=" answers", leave=False, delay=2,
                disable=not progress or m.rank > 0 or None)  # None: where it is not seen either
     while order:
-        batch, fits = order[:batch_size], True
+        batch, fits = [row for row in order[:batch_size] if together[row] == together[order[0]]], True
         try:
             decoder = Decoder([student, teacher] if teacher else [student], batch, rollout, length, uniform, m,
-                              draw_from, no_repeat_ngram)
+                              draw_from, no_repeat_ngram, together[order[0]] if turn is not None else None)
             for t in range(T):
                 before = decoder.done.tolist() if on_token else []
                 decoder.advance(t)
                 if on_token:
                     for row, ended, token in zip(decoder.rows.tolist(), before, decoder.tokens.squeeze(1).tolist()):
                         ended or on_token(row, token)
-                if (t + 1) % look_every == 0 and not decoder.keep_alive():
+                if (t + 1) % look_every == 0 and not decoder.keep_alive(t):
                     break
+            decoder.catch_up(t)
         except torch.OutOfMemoryError:
             if len(batch) == 1 or on_token:  # what was heard of cannot be said again
                 raise
@@ -263,6 +316,8 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
             print(f"out of memory: {len(batch)} answers were too many to decode together, {batch_size} are tried")
     bar.close()
     rollout.response_mask = torch.arange(T, device=device) < length[:, None]  # (B, T)
+    if turn is not None:
+        rollout.mixed_logp = mix(rollout.student_logp, rollout.teacher_logp, mix_alpha)
     for name in ("response", "student_logp", "mixed_logp", "teacher_logp", "reverse_kl"):
         if getattr(rollout, name) is not None:  # a row that has ended writes on until it leaves
             getattr(rollout, name).masked_fill_(~rollout.response_mask, 0)

@@ -223,6 +223,7 @@ def test_settings_that_cannot_work():
     refused(lambda: Config(mix_alpha=1.5), "--mix_alpha=1.5 is out of range")
     of = lambda **given: lambda: make(Config, given, distill.presets)
     refused(of(source="teacher", mix_alpha=0.3), "--source=teacher and --mix_alpha=0.3 contradict")
+    refused(of(capture=True, turns=4), "--capture", "--turns=4", "give --turns=0")
     refused(of(source="gold", weight="per_token"), "--source=gold", "--weight=per_token")
     refused(of(source="gold", long_term=True), "--source=gold", "--long_term=True")
     refused(of(divergence="js", long_term=True), "--divergence=js has no long term")
@@ -351,7 +352,7 @@ def after(tmp_path_factory, tiny_models):
     dict(whiten="all"), dict(reward_scale=2.0), dict(reward_clip=0.5), dict(clip_eps=0.01), dict(inner_epochs=1),
     dict(pt_coef=0.0), dict(pt_coef=1.0), dict(pt_kd=0.5), dict(normalize="sequence"), dict(lr=1e-3),
     dict(warmup_steps=4), dict(grad_clip=1e-3), dict(weight_decay=1.0), dict(seed=2), dict(recipe="official"),
-    dict(source="student"), dict(source="teacher"), dict(source="gold"), dict(divergence="forward"),
+    dict(source="student"), dict(source="teacher"), dict(source="gold"), dict(divergence="forward"), dict(turns=2),
     dict(divergence="js"), dict(divergence="skew"),
 ], ids=lambda settings: next(f"{name}={value}" for name, value in settings.items()))
 def test_each_flag_acts(settings, after):
@@ -361,6 +362,8 @@ def test_each_flag_acts(settings, after):
 def test_a_source_alone_is_a_mixture_of_one(after):
     assert after(source="student").equal(after(mix_alpha=0.0))
     assert after(source="teacher").equal(after(mix_alpha=1.0))
+    for name in ("student", "teacher"):  # and then it is always its turn
+        torch.testing.assert_close(after(source=name, turns=2), after(source=name), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("settings", [dict(micro_batch=3), dict(sample_batch=5), dict(vocab_chunk=7)],
@@ -459,10 +462,12 @@ def same_losses(one: list[dict], two: list[dict]) -> None:
                 assert b[name] == pytest.approx(value, rel=2e-3, abs=1e-4), name
 
 
-def test_several_processes_do_what_one_does(tiny_models, tmp_path):
+@pytest.mark.parametrize("turns", [0, 3])
+def test_several_processes_do_what_one_does(turns, tiny_models, tmp_path):
     """The same global batch over gloo, in one, two and four processes, accumulated one, two and more times."""
     for world, micro_batch in ((1, 64), (2, 2), (4, 1)):
-        done = subprocess.run(launched(world, tmp_path / str(world), tiny_models, micro_batch=micro_batch), **AT,
+        settings = dict(micro_batch=micro_batch, turns=turns)
+        done = subprocess.run(launched(world, tmp_path / str(world), tiny_models, **settings), **AT,
                               capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("written to") == 1  # one process speaks

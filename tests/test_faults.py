@@ -21,7 +21,7 @@ import distill
 import teacher as supervised
 from config import Stopped, UserError, held, make
 from model import KVCache, intact, load, save
-from sample import sample, uniforms
+from sample import sample, turns, uniforms
 
 KILLS = int(os.environ.get("MINILLM_KILLS", 3))
 # every stage of the built-in world at a few updates
@@ -308,9 +308,11 @@ def test_what_a_failed_attempt_had_added_to_the_gradient_is_forgotten(capsys):
     assert "--micro_batch=2 is 1 from here on" in capsys.readouterr().out
 
 
-def test_out_of_memory_while_sampling_changes_nothing(m, monkeypatch, capsys):
+@pytest.mark.parametrize("by_turns", [False, True])
+def test_out_of_memory_while_sampling_changes_nothing(by_turns, m, monkeypatch, capsys):
     student, prompts = random_gpt(), [[1, 2, 3], [4], [5, 6], [7, 8, 9, 1, 2], [3, 3]]
-    draw = lambda **more: sample(student, prompts, uniforms(0, range(5), 12), m, **more)
+    mixed = dict(teacher=random_gpt(2), mix_alpha=0.5, turn=turns(0, 0, range(5), 12, 0.5, 1)) if by_turns else {}
+    draw = lambda **more: sample(student, prompts, uniforms(0, range(5), 12), m, **mixed, **more)
     whole, room = draw(), KVCache.__init__
 
     def small_room(cache, config, batch, *more):

@@ -101,6 +101,14 @@ def test_models_that_do_not_exist_yet_have_the_shape_they_will_have(distill_conf
     assert draft.shape(cfg.student)[0] == new_config("1x2x8", draft.tokenizer)
 
 
+def test_taking_turns_costs_each_model_its_share_of_steps_and_a_pass_over_the_rest(distill_config, m):
+    draft = plan.Draft(distill_config(rollouts=60, minibatch=60, turns=3, sample_batch=64, mix_alpha=0.25), [], m)
+    draft.shape, draft.longest = lambda name: (GPTConfig(4 if name == draft.cfg.teacher else 2), COST), 8
+    of_student = 6 * 60 / 20 * COST.step(2) + COST.judge(2, 60, 2, 2)  # 6 of 8 tokens are its own
+    of_teacher = 2 * 60 / 20 * COST.step(4) + COST.judge(4, 60, 6, 6)
+    assert draft.take_turns(60) == pytest.approx(of_student + of_teacher)
+
+
 def test_every_pair_on_one_to_eight_devices(distill_config, monkeypatch, capsys, tmp_path):
     """Of small shapes: six pairs, and twice the devices take half the time; a larger teacher takes more memory."""
     small = {f"s{n}": GPTConfig(2, 2, 16 * n, 90, 64) for n in (1, 2, 3)}

@@ -18,7 +18,7 @@ import data
 import sample as sampling
 from config import Machine
 from model import GPTConfig, PackedLinear, frozen, new
-from sample import inverse_cdf, mix, restrict, sample, uniforms, without_repeats
+from sample import inverse_cdf, mix, restrict, sample, turns, uniforms, without_repeats
 
 PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 1, 2], [3, 3]]
 
@@ -34,12 +34,14 @@ def rescored(gpt, prompt, answer):
     return gpt.logits(hidden).log_softmax(-1), hidden
 
 
+@pytest.mark.parametrize("by_turns", [False, True])
 @pytest.mark.parametrize("mix_alpha", [0.0, 0.3, 1.0])
-def test_answers_come_with_the_frequencies_of_eq_4(mix_alpha, m):
+def test_answers_come_with_the_frequencies_of_eq_4(mix_alpha, by_turns, m):
     """All answers of two tokens from a vocabulary of five, 40,000 times, against their exact probabilities."""
     student, teacher = pair(vocab_size=5, eos_token_id=4)
     n, prompt = 40_000, [1, 2]
-    rollout = sample(student, [prompt] * n, uniforms(0, range(n), 2), m, teacher, mix_alpha, batch_size=n)
+    turn = torch.cat([turns(0, i, [0], 2, mix_alpha, 1) for i in range(n)]) if by_turns else None
+    rollout = sample(student, [prompt] * n, uniforms(0, range(n), 2), m, teacher, mix_alpha, batch_size=n, turn=turn)
     answers, counts = np.unique([(a + [-1])[:2] for a in rollout.answers], axis=0, return_counts=True)
     expected = {}
     for first in range(5):
@@ -77,6 +79,58 @@ def test_what_is_kept_of_the_one_pass_equals_a_plain_forward_pass(m):
             torch.testing.assert_close(getattr(rollout, name)[i, :n], values, atol=1e-5, rtol=0)
     for name in ("response", "student_logp", "teacher_logp", "mixed_logp", "reverse_kl"):
         assert not getattr(rollout, name)[~rollout.response_mask].any()
+
+
+@pytest.mark.parametrize("mix_alpha", [0.0, 0.3, 1.0])
+def test_by_turns_as_by_a_plain_loop(mix_alpha, m):
+    """Against whole forward passes, token by token: the same answers, and what is kept of them. Whatever the batch."""
+    student, teacher = pair(n_positions=64)
+    uniform, turn = uniforms(0, range(20), 24), turns(0, 0, range(20), 24, mix_alpha, 3)
+    draw = lambda size, chunk: sample(student, PROMPTS * 4, uniform, dataclasses.replace(m, vocab_chunk=chunk), teacher,
+                                      mix_alpha, size, keep_hidden=True, turn=turn)
+    for rollout in (draw(64, 128), draw(64, 5), draw(4, 128), draw(1, 1)):
+        for i, (prompt, answer) in enumerate(zip(PROMPTS * 4, rollout.answers)):
+            said = []
+            while len(said) < 24 and 10 not in said:
+                log_p, log_q = (rescored(model, prompt, [*said, 0])[0][-1:] for model in (teacher, student))
+                at = len(said)
+                said.append(inverse_cdf(log_p if turn[i, at] else log_q, uniform[i, at : at + 1]).item())
+            assert answer == said
+            (log_q, _), (log_p, hidden) = rescored(student, prompt, said), rescored(teacher, prompt, said)
+            mixed, chosen = mix(log_q, log_p, mix_alpha), torch.tensor(said)[:, None]
+            for name, logp in (("student_logp", log_q), ("teacher_logp", log_p), ("mixed_logp", mixed)):
+                values = getattr(rollout, name)[i]
+                torch.testing.assert_close(values[: len(said)], logp.gather(1, chosen).squeeze(1), atol=1e-5, rtol=0)
+                assert not values[len(said) :].any()
+            torch.testing.assert_close(rollout.teacher_hidden[i, : len(said)], hidden, atol=1e-5, rtol=0)
+        assert rollout.reverse_kl is None
+        assert rollout.ended.tolist() == [answer[-1] == 10 for answer in rollout.answers]
+
+
+def test_a_model_reads_a_token_once_and_only_when_it_must(m):
+    """The teacher as often as it has its turn, and once more at the end: no pass but those that decode."""
+    student, teacher = (random_gpt(seed, n_positions=64, eos_token_id=-1) for seed in (1, 2))
+    turn, read = turns(0, 0, [0], 40, 0.2, 1), {student: [], teacher: []}
+    for model in read:
+        model.register_forward_pre_hook(lambda model, args: read[model].append(args[0].size(1)))
+    sample(student, [[1, 2, 3]], uniforms(0, [0], 40), m, teacher, 0.2, turn=turn)
+    for model, mine in ((teacher, turn[0]), (student, ~turn[0])):
+        assert len(read[model]) == mine.sum() + (not mine[-1]) and sum(read[model]) == 3 + 39
+    assert len(read[teacher]) < 16
+
+
+def test_turns_are_evenly_spread_over_groups_and_independent_in_an_answer():
+    drawn = torch.stack([turns(3, collection, range(8), 50, 0.3, 4) for collection in range(400)])  # (400, 8, 50)
+    assert drawn[:, :4].equal(drawn[:, 4:])  # answer i is of group i % 4
+    assert set(drawn[:, :4].sum(1).unique().tolist()) == {1, 2}  # of four groups 1.2
+    one = drawn[:, 0].double()
+    assert one.mean().item() == pytest.approx(0.3, abs=0.015)  # 0.003 is a standard error
+    together = (one[:, 1:] * one[:, :-1]).mean().item()
+    assert together == pytest.approx(0.09, abs=0.01)
+    other = turns(3, 0, [6, 1], 20, 0.3, 4)
+    assert other.equal(drawn[0][[6, 1], :20])  # whatever the process and the length
+    assert not turns(4, 0, range(8), 50, 0.3, 4).equal(drawn[0])
+    assert turns(0, 0, [0], 9, 1.0, 1).all() and not turns(0, 0, [0], 9, 0.0, 1).any()
 
 
 def test_an_answer_ends_with_its_end_token_and_the_end_token_counts(m):
@@ -220,6 +274,9 @@ def test_no_ngram_comes_twice(m):
     refused(lambda: sample(student, PROMPTS, uniform, m, no_repeat_ngram=1), "--no_repeat_ngram=1")
     refused(lambda: sample(student, PROMPTS, uniform, dataclasses.replace(m, capture=True), no_repeat_ngram=2),
             "--no_repeat_ngram", "--capture")
+    by_turns = lambda **rule: sample(student, PROMPTS, uniform, m, random_gpt(2), 0.2, turn=uniform < 0.2, **rule)
+    for rule in (dict(no_repeat_ngram=2), dict(temperature=0.5), dict(top_k=2), dict(top_p=0.5)):
+        refused(lambda rule=rule: by_turns(**rule), "--turns=0")
 
 
 def test_samples_that_cannot_be_drawn(m):
