@@ -185,7 +185,7 @@ class GPT(nn.Module):
         weight, device = self.wte.weight, self.wte.weight.device.type
         if not torch.is_autocast_enabled(device):
             return weight
-        return (weight - weight.mean(0)).to(torch.get_autocast_dtype(device))
+        return (weight - weight.detach().mean(0)).to(torch.get_autocast_dtype(device))
 
     def logits(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:
         """(..., D) -> (..., V) in float32 or wider. A loop over chunks passes the `head()` that it made once."""
