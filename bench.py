@@ -177,17 +177,13 @@ class Ours:
         R = distill.future_reward(reward, rollout.response_mask)
         for at in range(0, len(rows), size):
             micro = rows[at : at + size]
-            with self.clocked("forward"):
-                student_logp, kl, _, mask = distill.score(self.student, self.p, rollout, micro, m)
-            with self.clocked("backward"):
-                loss_single, loss_long, _, _ = distill.minillm_loss(
-                    student_logp, kl, rollout.student_logp[micro], rollout.mixed_logp[micro], R[micro], mask)
-                scaler.scale((loss_single + loss_long).sum() / (len(rows) * self.T)).backward()
+            with self.clocked("gradient"):
+                backward = lambda loss: scaler.scale(loss / (len(rows) * self.T)).backward()
+                distill.score(self.student, self.p, rollout, micro, R, distill.Config(), m, backward)
         for at in range(0, len(rows) if self.cfg.pt_tokens else 0, size):
-            with self.clocked("forward"):
-                _, loss = supervised.answer_loss(self.student, self.pieces[at : at + size], m)
-            with self.clocked("backward"):
-                scaler.scale(loss / (len(rows) * (self.cfg.pt_tokens - 1))).backward()
+            with self.clocked("gradient"):
+                backward = lambda loss: scaler.scale(loss / (len(rows) * (self.cfg.pt_tokens - 1))).backward()
+                supervised.answer_loss(self.student, self.pieces[at : at + size], m, backward=backward)
         with self.clocked("optimizer"):
             supervised.apply_update(self.student, optimizer, scaler, m, 1e-6, 1.0)
 
@@ -209,10 +205,9 @@ class Ours:
 
     def sft(self) -> None:
         optimizer, scaler = self.optimizer
-        with self.clocked("forward"):
-            _, loss = supervised.answer_loss(self.student, self.samples, self.m)
-        with self.clocked("backward"):
-            scaler.scale(loss / (self.cfg.batch * (self.cfg.sft_tokens - 1))).backward()
+        with self.clocked("gradient"):
+            backward = lambda loss: scaler.scale(loss / (self.cfg.batch * (self.cfg.sft_tokens - 1))).backward()
+            supervised.answer_loss(self.student, self.samples, self.m, backward=backward)
         with self.clocked("optimizer"):
             supervised.apply_update(self.student, optimizer, scaler, self.m, 1e-6, 1.0)
 

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -42,7 +43,7 @@ from config import (
     write_json,
     write_lines,
 )
-from model import GPT, by_chunks, frozen, is_shape, load, predicting, same_vocabulary, trained
+from model import GPT, by_chunks, frozen, is_shape, learn_by_chunks, load, predicting, same_vocabulary, trained
 from sample import Rollout, follow, mix, sample, taken, turns, uniforms
 
 # ---- the equations, in the paper's order ----------------------------------------------------------------------------
@@ -311,27 +312,40 @@ def collect(cfg: Config, collection: int, mine: list[int], instructions: list[da
                   m, teacher, cfg.mix_alpha, cfg.sample_batch, keep_hidden=True, turn=turn)
 
 
-def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], m: Machine,
-          kind: str = "reverse") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log q(y_t) and the divergence with their gradients, KL[q || p], and the mask, of some rows of a rollout: (b, T)
-    each.
+def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], advantage: Tensor, cfg: Config, m: Machine,
+          backward: Callable | None = None) -> dict[str, Tensor]:
+    """Eq. (7) at each token of some rows of a rollout, row by row, (N,) each: the loss, of which `backward` takes sums
+    backward; its two parts; w_t; where the clipping bites; by how much log q(y_t) has changed since it was sampled; it
+    itself, and KL[q || p]. advantage (B, T) is R.
 
     One pass of the student. The teacher's hidden states were kept, so it costs its output embedding and no layer."""
     prompts, answers = [rollout.prompts[r] for r in rows], [rollout.answers[r] for r in rows]
     tokens, response, mask = data.pad_right(prompts, answers, m.device)  # (b, S), (b, T), (b, T)
-    teacher_hidden = rollout.teacher_hidden[rows, : mask.size(1)][mask]  # (N, D)
+    known = (rollout.teacher_hidden, rollout.student_logp, rollout.mixed_logp, advantage)
+    known = [values[rows, : mask.size(1)][mask] for values in known]  # (N, D), then (N,) each
 
-    def terms(hidden: Tensor, y: Tensor, teacher_hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def terms(head: Tensor, hidden: Tensor, y: Tensor, teacher_hidden: Tensor, *of_rollout: Tensor) -> tuple:
         log_q = student.logits(hidden, head).log_softmax(-1)  # (chunk, V)
         log_p = teacher.logits(teacher_hidden).log_softmax(-1)
-        apart = divergence(log_q, log_p, kind)
-        return taken(log_q, y), apart, apart if kind == "reverse" else reverse_kl(log_q.detach(), log_p)
+        student_logp, apart = taken(log_q, y), divergence(log_q, log_p, cfg.divergence)
+        old_logp, mixed_logp, R = (values[None] for values in of_rollout)  # (1, chunk), as if it were one answer
+        loss_single, loss_long, weight, clipped = minillm_loss(
+            student_logp[None], apart[None], old_logp, mixed_logp, R, torch.ones_like(R).bool(), cfg.weight,
+            cfg.weight_single, cfg.clip_eps)  # Eq. (7)
+        loss = cfg.single_step * loss_single + cfg.long_term * loss_long
+        kl = apart if cfg.divergence == "reverse" else reverse_kl(log_q.detach(), log_p)
+        gap = (student_logp - old_logp).abs()
+        return *(values[0] for values in (loss, loss_single, loss_long, weight, clipped, gap)), student_logp, kl
 
+    # these weigh a token by its whole answer, which then is a chunk
+    chunk = [len(answer) for answer in answers] if cfg.weight in ("product", "exact") else m.vocab_chunk
     with m.autocast():
         hidden, head = predicting(student(tokens), [len(p) for p in prompts], mask), student.head()  # (N, D)
-        values = by_chunks(terms, m.vocab_chunk, hidden, response[mask], teacher_hidden)  # (N,) each
-    student_logp, apart, kl = (torch.zeros(mask.shape, device=m.device).masked_scatter(mask, value) for value in values)
-    return student_logp, apart, kl.detach(), mask
+        by_token = (hidden, response[mask], *known)
+        values = (learn_by_chunks(terms, chunk, backward, head, *by_token) if backward else
+                  by_chunks(partial(terms, head), chunk, *by_token))
+    names = ("loss", "loss_single", "loss_long", "weight", "clipped", "gap", "student_logp", "reverse_kl")
+    return dict(zip(names, values))
 
 
 def accumulate(micro_batch: int, student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], advantage: Tensor,
@@ -339,27 +353,18 @@ def accumulate(micro_batch: int, student: GPT, teacher: GPT, rollout: Rollout, r
                scaler: torch.amp.GradScaler) -> tuple[dict, Tensor]:
     """Adds to the student's gradient that of Eq. (7) over some rows of a rollout, and that of L_PT over pieces of plain
     text, `micro_batch` at a time. Returns the sums over tokens of what is logged, and the largest weight."""
-    names = ("loss_single", "loss_long", "loss_pt", "reverse_kl", "weight", "clipped", "gap")
-    sums, weight_max = dict.fromkeys(names, 0.0), torch.zeros((), device=m.device)
+    sums = dict.fromkeys(("loss_single", "loss_long", "loss_pt", "reverse_kl", "weight", "clipped", "gap"), 0.0)
+    weight_max = torch.zeros((), device=m.device)
+    backward = lambda loss: scaler.scale(loss / divisor).backward()
+    pt_backward = lambda loss: scaler.scale(cfg.pt_coef * loss / pt_divisor).backward()
     for at in range(0, len(rows), micro_batch):
-        micro = rows[at : at + micro_batch]
-        student_logp, apart, kl, micro_mask = score(student, teacher, rollout, micro, m, cfg.divergence)
-        cut = slice(micro_mask.size(1))
-        old_logp, mixed_logp = rollout.student_logp[micro, cut], rollout.mixed_logp[micro, cut]
-        loss_single, loss_long, weight, clipped = minillm_loss(
-            student_logp, apart, old_logp, mixed_logp, advantage[micro, cut], micro_mask, cfg.weight,
-            cfg.weight_single, cfg.clip_eps)  # Eq. (7)
-        loss = (cfg.single_step * loss_single + cfg.long_term * loss_long).sum() / divisor
-        scaler.scale(loss).backward()
-        gap = (student_logp - old_logp).abs()
-        for name, values in zip(names, (loss_single, loss_long, None, kl, weight, clipped, gap)):
-            sums[name] = sums[name] + (0.0 if values is None else values.detach().sum())
-        weight_max = torch.maximum(weight_max, weight.max())
+        tokens = score(student, teacher, rollout, rows[at : at + micro_batch], advantage, cfg, m, backward)
+        sums |= {name: sums[name] + tokens[name].sum() for name in sums if name != "loss_pt"}
+        weight_max = torch.maximum(weight_max, tokens["weight"].max())
     for at in range(0, len(pieces), micro_batch):
-        micro = pieces[at : at + micro_batch]
-        _, loss = supervised.answer_loss(student, micro, m, teacher if cfg.pt_kd else None, cfg.pt_kd)  # L_PT
-        scaler.scale(cfg.pt_coef * loss / pt_divisor).backward()
-        sums["loss_pt"] = sums["loss_pt"] + loss.detach()
+        micro, judge = pieces[at : at + micro_batch], teacher if cfg.pt_kd else None
+        _, loss = supervised.answer_loss(student, micro, m, judge, cfg.pt_kd, pt_backward)  # L_PT
+        sums["loss_pt"] = sums["loss_pt"] + loss
     return sums, weight_max
 
 
@@ -500,24 +505,21 @@ def explain(cfg: Config) -> None:
     mask = rollout.response_mask
     r = token_reward(rollout.teacher_logp, rollout.student_logp, cfg.reward_scale, cfg.reward_clip) * mask
     batch = minibatches(cfg.rollouts, cfg.minibatch, (cfg.seed, 0, 0))[0]
-    R = future_reward(r, mask, cfg.gamma, cfg.length_norm, cfg.return_from)[batch]
-    one, R = batch[:1], whiten(R, mask[batch], cfg.whiten)[:1]
+    R, one = future_reward(r, mask, cfg.gamma, cfg.length_norm, cfg.return_from), batch[0]
+    R[batch] = whiten(R[batch], mask[batch], cfg.whiten)
     with torch.no_grad():
-        student_logp, apart, kl, mask = score(student, teacher, rollout, one, m, cfg.divergence)
-    cut = slice(mask.size(1))
-    old_logp, mixed_logp, r, R = rollout.student_logp[one, cut], rollout.mixed_logp[one, cut], r[one, cut], R[:, cut]
-    loss_single, loss_long, weight, clipped = minillm_loss(student_logp, apart, old_logp, mixed_logp, R, mask,
-                                                           cfg.weight, cfg.weight_single, cfg.clip_eps)
-    values = (student_logp, rollout.teacher_logp[one, cut], mixed_logp, r, kl, R, weight,
-              cfg.single_step * loss_single, cfg.long_term * loss_long)
-    row = instructions[data.picks(0, cfg.rollouts, len(instructions), cfg.seed)[one[0]]].row
+        by_token = score(student, teacher, rollout, [one], R, cfg, m)
+    values = (by_token["student_logp"], rollout.teacher_logp[one], rollout.mixed_logp[one], r[one],
+              by_token["reverse_kl"], R[one], by_token["weight"], cfg.single_step * by_token["loss_single"],
+              cfg.long_term * by_token["loss_long"])  # (T,) each
+    row = instructions[data.picks(0, cfg.rollouts, len(instructions), cfg.seed)[one]].row
     m.say(f"\n{row.instruction}" + f" | {row.input}" * bool(row.input)
-          + f"\n{data.decode(tokenizer, rollout.answers[one[0]])}\n")
+          + f"\n{data.decode(tokenizer, rollout.answers[one])}\n")
     for first, heads in (("", COLUMNS), ("Eq.", (equation for equation, _ in COLUMNS.values()))):
         m.say(f"{first:>14}" + "".join(f"{head:>10}" for head in heads))
-    for t, token in enumerate(rollout.answers[one[0]]):
-        word = repr(tokenizer.decode([token]))[1:-1]
-        m.say(f"{word:>14}" + "".join(f"{value[0, t].item():10.4f}" for value in values) + "  clipped" * clipped[0, t])
+    for t, token in enumerate(rollout.answers[one]):
+        word, clipped = repr(tokenizer.decode([token]))[1:-1], "  clipped" * by_token["clipped"][t]
+        m.say(f"{word:>14}" + "".join(f"{value[t].item():10.4f}" for value in values) + clipped)
     tokens = sum(len(rollout.answers[i]) for i in batch)
     divisor = f"{tokens} tokens" if cfg.normalize == "token" else f"{cfg.minibatch} answers"
     sums = (f"{value.sum().item():.4f}" * (name not in ("R_t+1", "w_t")) for name, value in zip(COLUMNS, values))

@@ -209,14 +209,31 @@ def predicting(hidden: Tensor, prompt_tokens: list[int], response_mask: Tensor) 
 
 
 def by_chunks(function: Callable, chunk: int, *rows: Tensor) -> tuple[Tensor, ...]:
-    """function(*rows) made `chunk` rows at a time, and made again in the backward pass.
-
-    function maps tensors of N rows to a tuple of tensors (N,). What it makes on the way, such as logits (N, V), takes
-    one chunk's memory: 0.2 GB for 1,024 positions of GPT-2's vocabulary, where a minibatch of the paper has 3 GB."""
-    if len(rows[0]) <= chunk:
-        return function(*rows)
-    parts = [checkpoint(function, *part, use_reentrant=False) for part in zip(*(r.split(chunk) for r in rows))]
+    """function(*rows) made `chunk` rows at a time. It maps tensors of N rows to a tuple of tensors (N,), and what it
+    makes on the way, such as logits (N, V), takes one chunk's memory."""
+    parts = [function(*part) for part in zip(*(r.split(chunk) for r in rows))]
     return tuple(torch.cat(column) for column in zip(*parts))
+
+
+def learn_by_chunks(function: Callable, chunk: int | list[int], backward: Callable, head: Tensor, hidden: Tensor,
+                    *rows: Tensor) -> tuple[Tensor, ...]:
+    """function(head, hidden, *rows) by chunks of `chunk` rows, or of as many as a list says, without gradients. Of each
+    chunk the sum of what comes first, the loss (n,), goes to `backward` at once; head and hidden, and what they were
+    made of, get its gradients.
+
+    So logits are made once, and kept for one chunk: 0.2 GB for 1,024 positions of GPT-2's vocabulary, where a minibatch
+    of the paper has 3 GB."""
+    top, gradients, parts = head.detach().requires_grad_(), [], []
+    for part in reversed(list(zip(*(r.detach().split(chunk) for r in (hidden, *rows))))):
+        states = part[0].requires_grad_()
+        values = function(top, states, *part[1:])
+        with torch.autocast(hidden.device.type, enabled=False):  # autocast is for the way forward
+            backward(values[0].sum())
+        gradients.append(states.grad)
+        parts.append([value.detach() for value in values])
+    with torch.autocast(hidden.device.type, enabled=False):
+        torch.autograd.backward([head, hidden], [top.grad, torch.cat(gradients[::-1])])
+    return tuple(torch.cat(column[::-1]) for column in zip(*parts))
 
 
 def frozen(model: GPT, dtype: torch.dtype) -> GPT:

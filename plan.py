@@ -82,13 +82,13 @@ def measure_layers(config: GPTConfig, m: Machine, rows: int, prompt_tokens: int,
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = supervised.answer_loss(model, batch, m)[1]
-        del loss
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), m.autocast():
+            hidden = model(data.pad_right([e.prompt for e in batch], [e.response for e in batch], m.device)[0])
+        del hidden
         return sum(storages.values())
 
     def train() -> None:
-        scaler.scale(supervised.answer_loss(model, batch, m)[1]).backward()
+        supervised.answer_loss(model, batch, m, backward=lambda loss: scaler.scale(loss).backward())
 
     @torch.no_grad()
     def forward() -> None:

@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +51,7 @@ from model import (
     check_zip,
     frozen,
     is_shape,
+    learn_by_chunks,
     load,
     new,
     new_config,
@@ -128,28 +130,31 @@ def schedule(cfg: Config, config: GPTConfig, rows: int) -> tuple[int, int, float
     return updates, min(updates, cfg.evals or (10 if cfg.updates else epochs)), lr if cfg.lr is None else cfg.lr
 
 
-def answer_loss(model: GPT, batch: Sequence[Example], m: Machine, teacher: GPT | None = None,
-                kd_ratio: float = 0.0) -> tuple[Tensor, Tensor]:
+def answer_loss(model: GPT, batch: Sequence[Example], m: Machine, teacher: GPT | None = None, kd_ratio: float = 0.0,
+                backward: Callable | None = None) -> tuple[Tensor, Tensor]:
     """Sums over the response tokens of a batch, end tokens included: of -log q(y_t), and of the loss to train with,
-    (1 - kd_ratio) (-log q(y_t)) + kd_ratio KL[p || q]. The caller divides by the tokens of the whole batch, of which
-    this may be a part."""
+    (1 - kd_ratio) (-log q(y_t)) + kd_ratio KL[p || q]. With backward, which takes a sum of losses backward, they have
+    no gradients: the model has them. It divides by the tokens of the whole batch, of which this may be a part."""
     tokens, response, mask = data.pad_right([e.prompt for e in batch], [e.response for e in batch], m.device)
     prompt_tokens = [len(e.prompt) for e in batch]
 
-    def terms(hidden: Tensor, y: Tensor, teacher_hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def terms(head: Tensor, hidden: Tensor, y: Tensor, teacher_hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_q = model.logits(hidden, head).log_softmax(-1)  # (chunk, V)
         gold = -taken(log_q, y)
         if teacher_hidden is None:
             return gold, gold
         log_p = teacher.logits(teacher_hidden).log_softmax(-1)
-        return gold, (1 - kd_ratio) * gold + kd_ratio * (log_p.exp() * (log_p - log_q)).sum(-1)
+        return (1 - kd_ratio) * gold + kd_ratio * (log_p.exp() * (log_p - log_q)).sum(-1), gold
 
     with m.autocast():
         rows, head = [predicting(model(tokens), prompt_tokens, mask), response[mask]], model.head()  # (N, D), (N,)
         if teacher is not None:
             with torch.no_grad():
                 rows.append(predicting(teacher(tokens), prompt_tokens, mask))  # (N, D)
-        gold, loss = by_chunks(terms, m.vocab_chunk, *rows)  # (N,) each
+        if backward:
+            loss, gold = learn_by_chunks(terms, m.vocab_chunk, backward, head, *rows)  # (N,) each
+        else:
+            loss, gold = by_chunks(partial(terms, head), m.vocab_chunk, *rows)
     return gold.detach().sum(), loss.sum()
 
 
@@ -157,11 +162,10 @@ def accumulate(micro_batch: int, batch: Sequence[Example], count: int, seed: int
                cfg: Config, m: Machine, scaler: torch.amp.GradScaler) -> Tensor:
     """Adds the gradient of a batch's loss, `micro_batch` samples at a time; both sums of answer_loss over `count`."""
     torch.manual_seed(seed)
-    totals = torch.zeros(2, device=m.device)
+    totals, backward = torch.zeros(2, device=m.device), lambda loss: scaler.scale(loss / count).backward()
     for at in range(0, len(batch), micro_batch):
-        gold, loss = answer_loss(model, batch[at : at + micro_batch], m, teacher, cfg.kd_ratio)
-        scaler.scale(loss / count).backward()
-        totals += torch.stack([gold, loss.detach()]) / count
+        sums = answer_loss(model, batch[at : at + micro_batch], m, teacher, cfg.kd_ratio, backward)
+        totals += torch.stack(sums) / count
     return totals
 
 

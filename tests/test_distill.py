@@ -257,13 +257,49 @@ def test_scores_are_those_of_sampling_and_the_teachers_layers_stay_idle(m):
     prompts = [[1, 2, 3], [4], [5, 6]]
     rollout = sample(student, prompts, uniforms(0, range(3), 10), m, teacher, 0.2, keep_hidden=True)
     teacher.forward = None
+    mask = rollout.response_mask[[2, 0]]
     for chunk in (3, 1000):
-        logp, kl, same, mask = score(student, teacher, rollout, [2, 0], dataclasses.replace(m, vocab_chunk=chunk))
-        cut = mask.size(1)
-        assert mask.equal(rollout.response_mask[[2, 0], :cut]) and not rollout.response_mask[[2, 0], cut:].any()
-        torch.testing.assert_close(logp, rollout.student_logp[[2, 0], :cut], atol=1e-5, rtol=0)
-        torch.testing.assert_close(kl, rollout.reverse_kl[[2, 0], :cut], atol=1e-5, rtol=0)
-        assert logp.requires_grad and kl.requires_grad and same.equal(kl)
+        again = score(student, teacher, rollout, [2, 0], torch.zeros(3, 10), Config(),
+                      dataclasses.replace(m, vocab_chunk=chunk))
+        for name in ("student_logp", "reverse_kl"):
+            torch.testing.assert_close(again[name], getattr(rollout, name)[[2, 0]][mask], atol=1e-5, rtol=0)
+        assert again["gap"].max() < 1e-5
+
+
+@pytest.mark.parametrize("weight", ["per_token", "product", "exact", "none"])
+@pytest.mark.parametrize("kind", ["reverse", "js"])
+def test_the_gradient_is_that_of_eq_7_over_whole_answers(weight, kind, m):
+    """In float64, against whole (b, T, V) tensors taken backward at the end; whatever the chunk."""
+    student, teacher = random_gpt(1), random_gpt(2)
+    prompts, rows = [[1, 2, 3], [4], [5, 6], [7]], [3, 0, 2]
+    rollout = sample(student, prompts, uniforms(0, range(4), 9), m, teacher, 0.4, keep_hidden=True)
+    student, teacher = student.double(), teacher.double()
+    for name in ("student_logp", "mixed_logp", "teacher_hidden"):
+        setattr(rollout, name, getattr(rollout, name).double())
+    R, other = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
+    rollout.student_logp += 0.5 * other * rollout.response_mask  # drawn by another student: some ratios are clipped
+    mask = rollout.response_mask[rows]
+    cfg = Config(weight=weight, divergence=kind, long_term=kind == "reverse", clip_eps=0.3)
+    log_q, log_p = (torch.zeros(3, 9, 11, dtype=torch.float64) for _ in range(2))
+    for n, row in enumerate(rows):
+        tokens, at = torch.tensor([prompts[row] + rollout.answers[row]]), len(prompts[row]) - 1
+        for where, model in ((log_q, student), (log_p, teacher)):
+            where[n, : tokens.size(1) - at - 1] = model.logits(model(tokens)).log_softmax(-1)[0, at:-1]
+    logp = log_q.gather(-1, rollout.response[rows][..., None]).squeeze(-1)
+    single, long, _, clipped = minillm_loss(logp, divergence(log_q, log_p.detach(), kind), rollout.student_logp[rows],
+                                            rollout.mixed_logp[rows], R[rows], mask, weight, True, 0.3)
+    loss = single + cfg.long_term * long
+    (loss.sum() / 5).backward()
+    want = [p.grad for p in student.parameters()]
+    assert mask.sum() > 12 and (not cfg.long_term or 0 < clipped.sum() < mask.sum())
+    for chunk in (2, 1000):
+        student.zero_grad()
+        got = score(student, teacher, rollout, rows, R, cfg, dataclasses.replace(m, vocab_chunk=chunk),
+                    lambda loss: (loss / 5).backward())
+        torch.testing.assert_close(got["loss"], loss[mask], atol=1e-6, rtol=0)
+        assert got["clipped"].equal(clipped[mask])
+        for one, p in zip(want, student.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, one, atol=1e-6, rtol=0)  # the teacher's states were kept in float32
 
 
 @pytest.mark.parametrize("kind", ["reverse", "forward", "js", "skew"])
@@ -301,11 +337,11 @@ def test_forward_kl_on_references_is_word_level_kd(m):
     student, teacher = random_gpt(1), random_gpt(2)
     examples = [Example(Row(""), [1, 2], [3, 4, 10]), Example(Row(""), [5], [6, 10])]
     rollout = follow(student, examples, 5, m, teacher, 2)
-    _, apart, kl, mask = score(student, teacher, rollout, [0, 1], m, "forward")
+    cfg = Config(source="gold", divergence="forward", long_term=False, weight="none")
+    of_token = score(student, teacher, rollout, [0, 1], torch.zeros(2, 5), cfg, m)
     _, want = supervised.answer_loss(student, examples, m, teacher, kd_ratio=1.0)
-    assert (apart * mask).sum().item() == pytest.approx(want.item(), rel=1e-5)
-    assert not kl.requires_grad
-    torch.testing.assert_close(kl, rollout.reverse_kl[:, : mask.size(1)], atol=1e-5, rtol=0)
+    assert of_token["loss"].sum().item() == pytest.approx(want.item(), rel=1e-5)
+    torch.testing.assert_close(of_token["reverse_kl"], rollout.reverse_kl[rollout.response_mask], atol=1e-5, rtol=0)
 
 
 def test_three_updates_log_every_metric_and_leave_a_model(distill_config, tmp_path):
@@ -431,8 +467,7 @@ def test_a_loss_that_is_no_number_is_named(distill_config, tmp_path, monkeypatch
     monkeypatch.setattr(distill, "single_step_loss", lambda kl, weight: kl * float("nan"))
     refused(lambda: distill.distil(distill_config()), "stopped at update 1", "loss_single is nan")
     monkeypatch.undo()
-    infinite = torch.tensor(math.inf, requires_grad=True)
-    monkeypatch.setattr(supervised, "answer_loss", lambda *a: (torch.zeros(()), infinite))
+    monkeypatch.setattr(supervised, "answer_loss", lambda *a: (torch.zeros(()), torch.tensor(math.inf)))
     refused(lambda: distill.distil(distill_config(out=str(tmp_path / "b"))), "stopped at update 1", "loss_pt is inf")
 
 
@@ -629,7 +664,8 @@ def test_a_teacher_whose_probabilities_underflow(scale, m):
     rollout = sample(student, PROMPTS, uniforms(0, range(len(PROMPTS)), 8), m, teacher, keep_hidden=True, batch_size=9)
     assert rollout.teacher_logp.min() < -300 and rollout.reverse_kl.isfinite().all()
     rows = list(range(len(PROMPTS)))
-    _, _, kl, _ = distill.score(student, teacher, rollout, rows, m)
+    kl = distill.score(student, teacher, rollout, rows, torch.zeros(len(rows), 8), Config(), m)["reverse_kl"]
+    kl = torch.zeros(len(rows), 8).masked_scatter(rollout.response_mask, kl)
     for row in rows:
         prompt, answer = PROMPTS[row], rollout.answers[row]
         tokens = torch.tensor([prompt + answer])

@@ -21,6 +21,7 @@ from model import (
     PackedLinear,
     by_chunks,
     frozen,
+    learn_by_chunks,
     load,
     new,
     predicting,
@@ -115,17 +116,51 @@ def test_the_states_that_predict_a_response():
     assert predicting(hidden, [2, 4], mask).squeeze(1).tolist() == [1, 2, 3, 9]
 
 
-def test_chunks_of_the_vocabulary_change_nothing():
-    """Values and gradients, in float64."""
-    gpt = random_gpt().double()
-    hidden = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
-    results = []
-    for chunk in (100, 3):
-        kl, top = by_chunks(lambda h: (gpt.logits(h).log_softmax(-1).exp().square().sum(-1), h.sum(-1)), chunk, hidden)
-        gradients = torch.autograd.grad((kl * torch.arange(10) + top).sum(), [hidden, gpt.wte.weight])
-        results.append((kl, top, *gradients))
-    for whole, chunked in zip(*results):
-        torch.testing.assert_close(whole, chunked, atol=1e-12, rtol=0)
+@pytest.mark.parametrize("chunk", [100, 3, [4, 1, 5]])
+def test_chunks_taken_backward_at_once_change_nothing(chunk):
+    """Values and gradients in float64, of the embedding too, against the whole taken backward at the end; and logits
+    are made once for each row."""
+    gpt, tokens = random_gpt().double(), torch.arange(10)[None]
+    weights, made = torch.arange(10.0, dtype=torch.float64), []
+
+    def terms(head, hidden, weight):
+        made.append(len(hidden))
+        kl = gpt.logits(hidden, head).log_softmax(-1).exp().square().sum(-1)
+        return weight * kl, kl, hidden.sum(-1)
+
+    hidden = gpt(tokens)[0]
+    loss, *values = terms(gpt.head(), hidden, weights)
+    (loss.sum() / 7).backward()
+    want = [p.grad for p in gpt.parameters()]
+    gpt.zero_grad()
+    made.clear()
+    got = learn_by_chunks(terms, chunk, lambda loss: (loss / 7).backward(), gpt.head(), gpt(tokens)[0], weights)
+    assert sum(made) == 10 and not any(value.requires_grad for value in got)
+    for one, other in zip((loss, *values), got, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+    for one, p in zip(want, gpt.parameters(), strict=True):
+        torch.testing.assert_close(one, p.grad, atol=1e-12, rtol=0)
+    parts = by_chunks(lambda hidden: terms(gpt.head(), hidden, 1.0), chunk, hidden)
+    torch.testing.assert_close(parts[1], values[0], atol=1e-12, rtol=0)
+
+
+def test_the_way_back_is_not_under_autocast():
+    """What learns by chunks under autocast has the gradients of what is taken backward outside of it."""
+    gpt, tokens, grads = random_gpt(n_embd=32), torch.arange(10)[None], []
+    terms = lambda head, hidden: (gpt.logits(hidden, head).log_softmax(-1)[:, 3],)
+    for learn in (False, True):
+        gpt.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden, head = gpt(tokens)[0], gpt.head()
+            if learn:
+                learn_by_chunks(terms, 100, lambda loss: loss.backward(), head, hidden)
+            else:
+                loss = terms(head, hidden)[0].sum()
+        if not learn:
+            loss.backward()
+        grads.append([p.grad.clone() for p in gpt.parameters()])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
 
 
 def test_recomputed_layers_change_nothing_and_are_not_kept():

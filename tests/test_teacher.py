@@ -48,6 +48,14 @@ def test_the_loss_is_that_of_the_answer_and_its_end(kd_ratio, m):
         got_gold, got = answer_loss(student, batch, machine, teacher, kd_ratio)
         assert got_gold.item() == pytest.approx(gold, abs=1e-4)
         assert got.item() == pytest.approx((1 - kd_ratio) * gold + kd_ratio * kl, abs=1e-4)
+        student.zero_grad()
+        (got / 3).backward()
+        want = [p.grad.clone() for p in student.parameters()]
+        student.zero_grad()
+        sums = answer_loss(student, batch, machine, teacher, kd_ratio, lambda loss: (loss / 3).backward())
+        torch.testing.assert_close(sums, (got_gold, got.detach()))
+        for p, whole in zip(student.parameters(), want, strict=True):
+            torch.testing.assert_close(p.grad, whole, atol=1e-5, rtol=0)
     assert answer_loss(student, batch, m)[1].item() == pytest.approx(gold, abs=1e-4)
 
 
