@@ -39,6 +39,7 @@ from eval import rouge_l
 from model import GPT, GPTConfig, frozen, is_shape, new, trained
 from sample import Rollout, sample, turns, uniforms
 
+ALPHA = 0.2  # of Eq. (4)
 PARTS = ("sample_q", "sample_p", "sample_mixed", "update", "cycle", "collection", "sft", "rouge")
 
 
@@ -154,7 +155,7 @@ class Ours:
     def decode(self, model: GPT, teacher: GPT | None, answers: int | None = None) -> Rollout:
         answers = answers or self.cfg.batch
         prompts = [self.prompts[i % self.cfg.batch] for i in range(answers)]
-        alpha, groups, self.collections = 0.2 if teacher else 0.0, answers // self.cfg.batch, self.collections + 1
+        alpha, groups, self.collections = ALPHA if teacher else 0.0, answers // self.cfg.batch, self.collections + 1
         taking = teacher is not None and self.cfg.turns
         turn = turns(0, self.collections, range(answers), self.T, alpha, groups) if taking else None
         with self.clocked("decode"):
@@ -276,7 +277,7 @@ class Transformers:
                        for model, cache in zip((student, self.teacher), caches)]
             caches = [output.past_key_values for output in outputs]
             q, p = (output.logits[:, -1].float().softmax(-1) for output in outputs)
-            feed = torch.multinomial(0.8 * q + 0.2 * p, 1)
+            feed = torch.multinomial((1 - ALPHA) * q + ALPHA * p, 1)
             tokens = torch.cat([tokens, feed], 1)
         return tokens
 
@@ -412,17 +413,17 @@ def floor(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: fl
     heads = {name: 50257 * shape(name).n_embd for name in matrices}
     size, B = m.dtype.itemsize, cfg.batch
 
-    def step(name: str, tokens: int) -> float:
+    def read(name: str, tokens: float, predicted: float) -> float:
         reading = size * (matrices[name] + heads[name]) / bandwidth
-        return max(reading, 2 * B * (tokens * matrices[name] + heads[name]) / rate)
+        return max(reading, 2 * B * (tokens * matrices[name] + predicted * heads[name]) / rate)
 
-    def decode(name: str) -> float:
-        return step(name, cfg.prompt_tokens) + (T - 1) * step(name, 1)
+    def decode(name: str, share: float = 1.0) -> float:  # of the tokens, in as many passes
+        return read(name, cfg.prompt_tokens, 1) + share * (T - 1) * read(name, 1 / share, 1 / share)
 
     def train(name: str, tokens: int, predicted: int) -> float:
         return 6 * B * (tokens * matrices[name] + predicted * heads[name]) / rate
 
-    both = decode(cfg.student) + decode(cfg.teacher)
+    both = decode(cfg.student, 1 - ALPHA * cfg.turns) + decode(cfg.teacher, ALPHA if cfg.turns else 1.0)
     update = train(cfg.student, cfg.prompt_tokens + T, T) + train(cfg.student, cfg.pt_tokens, max(0, cfg.pt_tokens - 1))
     update += 2 * B * T * heads[cfg.teacher] / rate
     return {"sample_q": decode(cfg.student), "sample_p": decode(cfg.teacher), "sample_mixed": both, "update": update,
@@ -467,7 +468,7 @@ def measure(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: 
     if part == "rouge":
         return {"part": part, "answers_per_second": round(100 / ours)}
     count = {"sft": cfg.batch * cfg.sft_tokens, "collection": cfg.rollouts * T}.get(part, cfg.batch * T)
-    line = {"part": part, "student": cfg.student, "teacher": cfg.teacher, "batch": cfg.batch,
+    line = {"part": part, "student": cfg.student, "teacher": cfg.teacher, "turns": cfg.turns, "batch": cfg.batch,
             "prompt_tokens": cfg.prompt_tokens, "response_tokens": T, "seconds": round(ours, 4),
             "seconds_by_part": {name: round(value, 4) for name, value in spent.items()},
             "tokens_per_second": round(count / ours, 1), "share_of_floor":
