@@ -305,11 +305,13 @@ def collect(cfg: Config, collection: int, mine: list[int], instructions: list[da
     first, T = collection * cfg.rollouts, cfg.max_tokens - cfg.max_prompt_tokens
     chosen = data.picks(first, cfg.rollouts, len(instructions), cfg.seed)
     examples, student = [instructions[chosen[i]] for i in mine], frozen(student, m.dtype)
+    prompts = [example.prompt for example in examples]
     if cfg.source == "gold":
-        return follow(student, examples, T, m, teacher, cfg.micro_batch)
+        answers = [example.response for example in examples]
+        return follow(student, prompts, answers, T, m, teacher, cfg.micro_batch, keep_hidden=True)
     turn = turns(cfg.seed, collection, mine, T, cfg.mix_alpha, cfg.turns) if cfg.turns else None
-    return sample(student, [example.prompt for example in examples], uniforms(cfg.seed, [first + i for i in mine], T),
-                  m, teacher, cfg.mix_alpha, cfg.sample_batch, keep_hidden=True, turn=turn)
+    return sample(student, prompts, uniforms(cfg.seed, [first + i for i in mine], T), m, teacher, cfg.mix_alpha,
+                  cfg.sample_batch, keep_hidden=True, turn=turn)
 
 
 def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], advantage: Tensor, cfg: Config, m: Machine,

@@ -29,7 +29,7 @@ import world
 from config import Machine, UserError, check, clock, command, flag, machine, read_json, run, write_json, write_lines
 from data import Example
 from model import GPT, by_chunks, frozen, load, predicting, same_vocabulary
-from sample import room_for_answers, sample, taken, uniforms
+from sample import follow, room_for_answers, sample, taken, uniforms
 
 
 @cache
@@ -102,19 +102,19 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
     forward_kl, KL[p || q] along an answer of p; in the built-in world valid, 100 if it is right. Of all answers of a
     seed: dist_4. Of all answers to a prompt, over all seeds: dist_4_prompt, the mean of their dist_4 over prompts, but
     for those without any 4-gram; in the built-in world distinct, the percentage left without repetitions."""
-    model, answers, in_world = frozen(model, m.dtype), [], tokenizer.name == "words"
+    model, answers, in_world, longest = frozen(model, m.dtype), [], tokenizer.name == "words", max_response_tokens
     mine = range(m.rank, len(examples), m.world)
     prompts = [examples[i].prompt for i in mine]
     for seed in seeds:
-        uniform, label = uniforms(seed, mine, max_response_tokens), f"{progress}, seed {seed}"
-        rollout = sample(model, prompts, uniform, m, teacher, batch_size=batch_size, no_repeat_ngram=no_repeat_ngram,
+        uniform, label = uniforms(seed, mine, longest), f"{progress}, seed {seed}"
+        rollout = sample(model, prompts, uniform, m, batch_size=batch_size, no_repeat_ngram=no_repeat_ngram,
                          progress=label)
         columns = {"tokens": rollout.response_mask.sum(1), "ended": 100 * rollout.ended}
         if teacher:
-            columns["reverse_kl"] = rollout.reverse_kl.sum(1)
+            columns["reverse_kl"] = follow(model, prompts, rollout.answers, longest, m, teacher).reverse_kl.sum(1)
         if teacher and forward:
-            swapped = sample(teacher, prompts, uniform, m, model, batch_size=batch_size, progress=label + ", teacher")
-            columns["forward_kl"] = swapped.reverse_kl.sum(1)
+            of_teacher = sample(teacher, prompts, uniform, m, batch_size=batch_size, progress=label + ", teacher")
+            columns["forward_kl"] = follow(teacher, prompts, of_teacher.answers, longest, m, model).reverse_kl.sum(1)
         columns = {name: values.tolist() for name, values in columns.items()}
         for n, i in enumerate(mine):
             row, text = examples[i].row, data.decode(tokenizer, rollout.answers[n])

@@ -19,7 +19,7 @@ import data
 from config import Machine, check, command, flag, machine, run, write_json
 from eval import earlier, stamp
 from model import GPT, frozen, load, same_vocabulary
-from sample import room_for_answers, sample, uniforms
+from sample import follow, room_for_answers, sample, uniforms
 
 
 def errors(student: GPT, teacher: GPT, prompts: Sequence[list[int]], samples: int, T: int, m: Machine, seed: int = 0,
@@ -28,14 +28,15 @@ def errors(student: GPT, teacher: GPT, prompts: Sequence[list[int]], samples: in
     reached the position; then both along answers of p. Pass `frozen` models."""
     totals = torch.zeros(4, len(prompts), T, dtype=torch.float64, device=m.device)
     mine = list(range(m.rank, len(prompts), m.world))
+    mine_prompts = [prompts[i] for i in mine]
     for n in range(samples):
         uniform = uniforms(seed, [n * len(prompts) + i for i in mine], T)
-        for at, mix_alpha, whose in ((0, 1.0, "student"), (2, 0.0, "teacher")):
-            # p stands first, so the KL kept is KL[p || q]; the second model, q, speaks where alpha is 1
-            rollout = sample(teacher, [prompts[i] for i in mine], uniform, m, student, mix_alpha, batch_size,
+        for at, speaker, whose in ((0, student, "student"), (2, teacher, "teacher")):
+            rollout = sample(speaker, mine_prompts, uniform, m, batch_size=batch_size,
                              progress=f"sample {n + 1} of {samples}, {whose}")
-            totals[at, mine] += rollout.reverse_kl.double()
-            totals[at + 1, mine] += rollout.response_mask.double()
+            known = follow(teacher, mine_prompts, rollout.answers, T, m, student)  # p stands first: it is KL[p || q]
+            totals[at, mine] += known.reverse_kl.double()
+            totals[at + 1, mine] += known.response_mask.double()
     m.sum(totals)
     return totals.cpu().numpy()
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import data
 from config import Machine, UserError, check, flag, machine, run, write_lines
-from data import Example, Row
+from data import Row
 from model import GPT, KVCache, by_chunks, frozen, load, predicting, same_vocabulary
 
 # ---- Eq. (4), and one draw ------------------------------------------------------------------------------------------
@@ -328,31 +328,39 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
 
 
 @torch.no_grad()
-def follow(student: GPT, examples: list[Example], T: int, m: Machine, teacher: GPT, batch_size: int) -> Rollout:
-    """A rollout of the references, cut to T tokens: what sample() would know if it had drawn them. Pass `frozen`
-    models. They were drawn from neither model; mixed_logp is log q, so that every weight is 1."""
-    B, D, answers = len(examples), teacher.config.n_embd, [example.response[:T] for example in examples]
+def follow(student: GPT, prompts: list[list[int]], answers: list[list[int]], T: int, m: Machine, teacher: GPT,
+           batch_size: int = 16, keep_hidden: bool = False) -> Rollout:
+    """A rollout of answers that are there already, references or another rollout's, cut to T tokens: what sample()
+    would know if it had drawn them from q, by one pass of each model. Pass `frozen` models."""
+    B, answers = len(prompts), [answer[:T] for answer in answers]
     new = lambda *shape, dtype=torch.float32: torch.zeros(B, *shape, dtype=dtype, device=m.device)
-    rollout = Rollout([example.prompt for example in examples], new(T, dtype=torch.int64), new(T, dtype=torch.bool),
-                      torch.tensor([len(example.response) <= T for example in examples], device=m.device),
-                      new(T), new(T), new(T), new(T), new(T, D, dtype=m.dtype))
+    ended = [answer[-1] == student.config.eos_token_id for answer in answers]
+    rollout = Rollout(prompts, response=new(T, dtype=torch.int64), response_mask=new(T, dtype=torch.bool),
+                      ended=torch.tensor(ended, dtype=torch.bool, device=m.device), student_logp=new(T),
+                      mixed_logp=new(T), teacher_logp=new(T), reverse_kl=new(T))
+    if keep_hidden:
+        rollout.teacher_hidden = new(T, teacher.config.n_embd, dtype=m.dtype)
 
     def terms(of_student: Tensor, of_teacher: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         log_q = student.logits(of_student).log_softmax(-1)  # (chunk, V)
         log_p = teacher.logits(of_teacher).log_softmax(-1)
         return taken(log_q, y), taken(log_p, y), (log_q.exp() * (log_q - log_p)).sum(-1)
 
+    order = sorted(range(B), key=lambda row: len(prompts[row]) + len(answers[row]))
     for at in range(0, B, batch_size):
-        part = slice(at, min(B, at + batch_size))
-        tokens, response, mask = data.pad_right(rollout.prompts[part], answers[part], m.device)
-        lengths, cut = [len(prompt) for prompt in rollout.prompts[part]], slice(response.size(1))
+        rows = order[at : at + batch_size]
+        of_rows = [prompts[row] for row in rows]
+        tokens, response, mask = data.pad_right(of_rows, [answers[row] for row in rows], m.device)
+        lengths, cut = [len(prompt) for prompt in of_rows], mask.size(1)
         with m.autocast():
             hidden = [predicting(model(tokens), lengths, mask) for model in (student, teacher)]  # (N, D) each
             values = by_chunks(terms, m.vocab_chunk, *hidden, response[mask])  # (N,) each
-        rollout.response[part, cut], rollout.response_mask[part, cut] = response, mask
+        rollout.response[rows, :cut], rollout.response_mask[rows, :cut] = response, mask
         for name, value in zip(("student_logp", "teacher_logp", "reverse_kl"), values):
-            getattr(rollout, name)[part, cut][mask] = value
-        rollout.teacher_hidden[part, cut][mask] = hidden[1].to(m.dtype)
+            getattr(rollout, name)[rows, :cut] = torch.zeros(mask.shape, device=m.device).masked_scatter(mask, value)
+        if keep_hidden:
+            place, position = mask.nonzero(as_tuple=True)
+            rollout.teacher_hidden[torch.tensor(rows, device=m.device)[place], position] = hidden[1].to(m.dtype)
     rollout.mixed_logp = rollout.student_logp
     return rollout
 

@@ -321,10 +321,9 @@ def test_a_rollout_of_given_answers_is_that_of_drawing_them(m):
     drawn = sample(student, prompts, uniforms(0, range(4), 10), m, teacher, 0.0, keep_hidden=True)
     assert not drawn.ended.all() and drawn.ended.any()
     # an answer that ran out of length is one whose reference is longer
-    examples = [Example(Row(""), prompt, answer + [1] * (not ended))
-                for prompt, answer, ended in zip(prompts, drawn.answers, drawn.ended)]
+    answers = [answer + [1] * (not ended) for answer, ended in zip(drawn.answers, drawn.ended)]
     for batch_size in (1, 3):
-        given = follow(student, examples, 10, m, teacher, batch_size)
+        given = follow(student, prompts, answers, 10, m, teacher, batch_size, keep_hidden=True)
         assert given.answers == drawn.answers and given.ended.equal(drawn.ended)
         for name in ("student_logp", "mixed_logp", "teacher_logp", "reverse_kl"):
             torch.testing.assert_close(getattr(given, name), getattr(drawn, name), atol=1e-5, rtol=0)
@@ -336,7 +335,7 @@ def test_forward_kl_on_references_is_word_level_kd(m):
     """--source=gold --divergence=forward, and teacher.py's loss with --kd_ratio=1; reverse_kl is known too."""
     student, teacher = random_gpt(1), random_gpt(2)
     examples = [Example(Row(""), [1, 2], [3, 4, 10]), Example(Row(""), [5], [6, 10])]
-    rollout = follow(student, examples, 5, m, teacher, 2)
+    rollout = follow(student, [e.prompt for e in examples], [e.response for e in examples], 5, m, teacher, 2, True)
     cfg = Config(source="gold", divergence="forward", long_term=False, weight="none")
     of_token = score(student, teacher, rollout, [0, 1], torch.zeros(2, 5), cfg, m)
     _, want = supervised.answer_loss(student, examples, m, teacher, kd_ratio=1.0)
