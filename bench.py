@@ -83,6 +83,8 @@ class Config:
                                 f"{1024 - self.prompt_tokens}, which is what --prompt_tokens leaves of 1024 positions")
         if self.pt_tokens == 1:
             raise UserError("--pt_tokens=1: nothing is predicted in a piece of one token; give 0 for none")
+        if self.capture and self.turns:
+            raise UserError("--capture records a step of both models, and turns take one of either: give --turns=False")
         if self.rollouts % self.batch:
             raise UserError(f"--rollouts={self.rollouts} is not a multiple of --batch={self.batch}")
         if self.against == "nanogpt" and not (self.nanogpt and (Path(self.nanogpt) / "model.py").is_file()):

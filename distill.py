@@ -213,7 +213,8 @@ class Config:
     eval_seeds: int = flag(5, "seeds of the final evaluation")
     micro_batch: int = flag(64, "answers of a forward pass; changes memory and speed only")
     sample_batch: int = flag(256, "answers decoded together; likewise")
-    vocab_chunk: int | None = flag(None, "positions whose logits exist at a time; likewise; default by device")
+    vocab_chunk: int | None = flag(None, "positions whose logits exist at a time; likewise; default by device; with "
+                                   "--weight=product or exact an answer's")
     capture: bool = flag(False, "on a GPU: record a decoding step as a CUDA graph, and replay it")
     recompute: bool = flag(False, "make each layer again in the backward pass: less memory, a third more time")
     compile: bool = flag(False, "torch.compile the trained model; changes speed, rounding and dropout's draws only")

@@ -208,18 +208,17 @@ def predicting(hidden: Tensor, prompt_tokens: list[int], response_mask: Tensor) 
     return hidden[rows[response_mask], columns[response_mask]]
 
 
-def by_chunks(function: Callable, chunk: int, *rows: Tensor) -> tuple[Tensor, ...]:
-    """function(*rows) made `chunk` rows at a time. It maps tensors of N rows to a tuple of tensors (N,), and what it
-    makes on the way, such as logits (N, V), takes one chunk's memory."""
+def by_chunks(function: Callable, chunk: int | list[int], *rows: Tensor) -> tuple[Tensor, ...]:
+    """function(*rows) made `chunk` rows at a time, or as many as a list says. It maps tensors of N rows to a tuple of
+    tensors (N,), and what it makes on the way, such as logits (N, V), takes one chunk's memory."""
     parts = [function(*part) for part in zip(*(r.split(chunk) for r in rows))]
     return tuple(torch.cat(column) for column in zip(*parts))
 
 
 def learn_by_chunks(function: Callable, chunk: int | list[int], backward: Callable, head: Tensor, hidden: Tensor,
                     *rows: Tensor) -> tuple[Tensor, ...]:
-    """function(head, hidden, *rows) by chunks of `chunk` rows, or of as many as a list says, without gradients. Of each
-    chunk the sum of what comes first, the loss (n,), goes to `backward` at once; head and hidden, and what they were
-    made of, get its gradients.
+    """function(head, hidden, *rows) by chunks, its results without gradients. Of each chunk the sum of what comes
+    first, the loss (n,), goes to `backward` at once; what head and hidden were made of gets its gradients.
 
     So logits are made once, and kept for one chunk: 0.2 GB for 1,024 positions of GPT-2's vocabulary, where a minibatch
     of the paper has 3 GB."""

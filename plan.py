@@ -228,12 +228,20 @@ class Draft:
 
     def take_turns(self, answers: float) -> float:
         """Seconds to decode answers of full length by turns: what a model did not draw is read as in a forward pass."""
-        cfg, time, samples = self.cfg, 0.0, answers / self.m.world
+        cfg, time, samples, world = self.cfg, 0.0, answers / self.m.world, self.m.world
+        groups = cfg.turns // math.gcd(cfg.turns, world)  # of a process
+        batches = groups * math.ceil(cfg.rollouts / world / groups / cfg.sample_batch) * answers / cfg.rollouts
         for name, share in ((cfg.student, 1 - cfg.mix_alpha), (cfg.teacher, cfg.mix_alpha)):
             (config, cost), read = self.shape(name), (1 - share) * self.longest
-            steps = samples / min(cfg.sample_batch, math.ceil(cfg.rollouts / cfg.turns)) * share * self.longest
-            time += steps * cost.step(config.n_layer) + cost.judge(config.n_layer, samples, read, read)
+            time += batches * share * self.longest * cost.step(config.n_layer)
+            time += cost.judge(config.n_layer, samples, read, read)
         return time
+
+    def compare(self, names: list[str], answers: float) -> float:
+        """Seconds to decode answers with the first of two models, and to read them with both."""
+        passes = (cost.judge(config.n_layer, answers / self.m.world, self.cfg.max_tokens, self.longest)
+                  for config, cost in map(self.shape, names))
+        return self.decode(names[:1], answers) + sum(passes)
 
     def supervised(self, name: str, s: supervised.Config) -> Line:
         config, cost = self.shape(s.model)
@@ -241,7 +249,8 @@ class Draft:
         samples = updates * s.batch_size / self.m.world
         time = cost.train(config.n_layer, samples, self.tokens, self.answer_tokens, s.recompute)
         time += updates * cost.update(config.n_layer)
-        time += evals * self.decode([s.model, s.teacher] if s.teacher else [s.model], min(s.valid_limit, self.rows))
+        check, names = (self.compare, [s.model, s.teacher]) if s.teacher else (self.decode, [s.model])
+        time += evals * check(names, min(s.valid_limit, self.rows))
         size = 16 * config.parameters + update_bytes(config, cost, self.m, s.micro_batch, s.max_tokens, s.recompute)
         if s.teacher:
             judge, judge_cost = self.shape(s.teacher)
@@ -262,7 +271,7 @@ class Draft:
         answers, samples = cfg.steps * cfg.minibatch / cfg.inner_epochs, cfg.steps * cfg.minibatch / m.world
         validated = (cfg.steps / cfg.eval_every + 1) * min(cfg.valid_limit, self.rows)
         both = [cfg.student, cfg.teacher]
-        time = self.decode(both, validated) + (self.take_turns(answers) if cfg.turns else self.decode(both, answers))
+        time = self.compare(both, validated) + (self.take_turns(answers) if cfg.turns else self.decode(both, answers))
         time += cfg.steps * cost.update(student.n_layer)
         time += cost.train(student.n_layer, samples, self.tokens, self.answer_tokens, cfg.recompute)
         time += judge_cost.judge(0, samples, 0, self.answer_tokens)
@@ -272,6 +281,8 @@ class Draft:
         rows = -(-cfg.rollouts // m.world)
         size = 16 * student.parameters + frozen_bytes(student, m) + frozen_bytes(judge, m)
         size += rows * self.longest * (judge.n_embd * m.dtype.itemsize + 40)
+        if cfg.weight in ("product", "exact"):
+            m = replace(m, vocab_chunk=self.longest)
         size += max(decode_bytes([student, judge], m, min(rows, cfg.sample_batch), cfg.max_tokens),
                     update_bytes(student, cost, m, cfg.micro_batch, cfg.max_tokens, cfg.recompute))
         what = f"{answers:,.0f} answers from the mixture, {cfg.inner_epochs} inner epochs"
@@ -283,7 +294,8 @@ class Draft:
         size = 4 * student.parameters + frozen_bytes(student, m) + frozen_bytes(judge, m)
         size += decode_bytes([student, judge], m, cfg.sample_batch, cfg.max_tokens)
         what = f"{models} models, {cfg.eval_seeds} seeds: {answers:,} answers, and as many of the teacher"
-        return Line("evaluate", what, 0, size, 2 * self.decode([cfg.student, cfg.teacher], answers))
+        both = [cfg.student, cfg.teacher]
+        return Line("evaluate", what, 0, size, self.compare(both, answers) + self.compare(both[::-1], answers))
 
     def lines(self) -> list[Line]:
         """The stages that are still to do."""

@@ -116,7 +116,7 @@ class Rollout:
     student_logp: Tensor  # (B, T) log q(y_t)
     mixed_logp: Tensor  # (B, T) log-probability under what y_t was drawn from: p~, Eq. (4), restricted if asked for
     teacher_logp: Tensor | None = None  # (B, T) log p(y_t)
-    reverse_kl: Tensor | None = None  # (B, T) KL[q || p] over the vocabulary at each position visited
+    reverse_kl: Tensor | None = None  # (B, T) KL[q || p] over the vocabulary at each position; not known by turns
     teacher_hidden: Tensor | None = None  # (B, T, D) the teacher's last hidden state, from which it predicts y_t
 
     @cached_property
@@ -158,7 +158,7 @@ class Decoder:
                  m: Machine, draw_from: Callable, no_repeat_ngram: int, turn: list[bool] | None):
         self.models, self.rollout, self.length, self.uniform, self.m = models, rollout, length, uniform, m
         self.draw_from, prompts = draw_from, [rollout.prompts[row] for row in batch]
-        self.tokens, self.starts = data.pad_left(prompts, m.device)  # (b, P), (b,)
+        self.tokens, self.starts = data.pad_left(prompts, m.device)  # (b, P), later the last ones drawn; (b,)
         self.padded = len({len(prompt) for prompt in prompts}) > 1
         self.P, self.width = self.tokens.size(1), self.tokens.size(1) + uniform.size(1) - 1
         self.rows, self.done = torch.tensor(batch, device=m.device), torch.zeros_like(self.starts).bool()
@@ -171,7 +171,8 @@ class Decoder:
         self.no_repeat_ngram, padding = no_repeat_ngram, torch.arange(self.P, device=m.device) < self.starts[:, None]
         self.seen = self.tokens.masked_fill(padding, -1) if no_repeat_ngram else None  # (b, P + t)
         self.recorded = Recorded() if m.capture else None
-        self.turn, self.noted = turn, [0, 0]  # of the answers, how many tokens' log-probabilities each model has noted
+        # by turns `tokens` remain the prompts; and how many of an answer's tokens each model has given a probability
+        self.turn, self.noted = turn, [0, 0]
 
     def advance(self, t: int) -> None:
         """One token of every row: the first behind the prompts, any other behind the one before."""
@@ -260,18 +261,19 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
            progress: str = "", turn: Tensor | None = None) -> Rollout:
     """An answer of at most T tokens to each of B prompts, drawn from Eq. (4)'s mixture; uniform (B, T) sets T.
 
-    Both models read a prompt once, then advance together, token by token. Prompts of like length are decoded together,
-    and rows that have ended leave. Pass `frozen` models. on_token(row, token) hears of each token as it is drawn.
-
-    With turn (B, T), from `turns`, a token is drawn by the model whose turn it is, and the other reads it later, some
-    tokens in one pass. Rows with the same turns are decoded together. There is no reverse_kl then."""
+    Both models read a prompt once, then advance together, token by token. With turn (B, T), from `turns`, the one whose
+    turn it is draws alone, and the other reads its tokens later, several in one pass. Prompts of like length, and of
+    the same turns, are decoded together, and rows that have ended leave. Pass `frozen` models. on_token(row, token)
+    hears of each token as it is drawn."""
     (B, T), device = uniform.shape, m.device
     if mix_alpha and teacher is None:
         raise UserError(f"--mix_alpha={mix_alpha} mixes with a teacher: give --teacher")
     if no_repeat_ngram == 1:
         raise UserError("--no_repeat_ngram=1 would let no token be said twice: give 2 or more, or 0")
-    if turn is not None and (m.capture or no_repeat_ngram or (temperature, top_k, top_p) != (1, 0, 1)):
-        raise UserError("--turns goes with neither --capture nor a rule on what may be drawn: give --turns=0")
+    plain = (temperature, top_k, top_p, no_repeat_ngram) == (1, 0, 1, 0)
+    if turn is not None and (teacher is None or m.capture or on_token or not plain):
+        raise UserError("--turns needs a teacher, and goes with neither --capture, streaming nor a rule on what is "
+                        "drawn: give --turns=0")
     if no_repeat_ngram and m.capture:
         raise UserError("--no_repeat_ngram looks back over more tokens at each step, and --capture records one step")
     new = lambda *shape, dtype=torch.float32: torch.zeros(B, *shape, dtype=dtype, device=device)
@@ -332,11 +334,10 @@ def follow(student: GPT, prompts: list[list[int]], answers: list[list[int]], T: 
            batch_size: int = 16, keep_hidden: bool = False) -> Rollout:
     """A rollout of answers that are there already, references or another rollout's, cut to T tokens: what sample()
     would know if it had drawn them from q, by one pass of each model. Pass `frozen` models."""
-    B, answers = len(prompts), [answer[:T] for answer in answers]
+    B, answers, end = len(prompts), [answer[:T] for answer in answers], student.config.eos_token_id
     new = lambda *shape, dtype=torch.float32: torch.zeros(B, *shape, dtype=dtype, device=m.device)
-    ended = [answer[-1] == student.config.eos_token_id for answer in answers]
-    rollout = Rollout(prompts, response=new(T, dtype=torch.int64), response_mask=new(T, dtype=torch.bool),
-                      ended=torch.tensor(ended, dtype=torch.bool, device=m.device), student_logp=new(T),
+    ended = torch.tensor([answer[-1:] == [end] for answer in answers], dtype=torch.bool, device=m.device)
+    rollout = Rollout(prompts, new(T, dtype=torch.int64), new(T, dtype=torch.bool), ended, student_logp=new(T),
                       mixed_logp=new(T), teacher_logp=new(T), reverse_kl=new(T))
     if keep_hidden:
         rollout.teacher_hidden = new(T, teacher.config.n_embd, dtype=m.dtype)
@@ -353,7 +354,8 @@ def follow(student: GPT, prompts: list[list[int]], answers: list[list[int]], T: 
         tokens, response, mask = data.pad_right(of_rows, [answers[row] for row in rows], m.device)
         lengths, cut = [len(prompt) for prompt in of_rows], mask.size(1)
         with m.autocast():
-            hidden = [predicting(model(tokens), lengths, mask) for model in (student, teacher)]  # (N, D) each
+            # the last token predicts nothing, and there may be no position for it
+            hidden = [predicting(model(tokens[:, :-1]), lengths, mask) for model in (student, teacher)]  # (N, D) each
             values = by_chunks(terms, m.vocab_chunk, *hidden, response[mask])  # (N,) each
         rollout.response[rows, :cut], rollout.response_mask[rows, :cut] = response, mask
         for name, value in zip(("student_logp", "teacher_logp", "reverse_kl"), values):

@@ -133,8 +133,8 @@ def schedule(cfg: Config, config: GPTConfig, rows: int) -> tuple[int, int, float
 def answer_loss(model: GPT, batch: Sequence[Example], m: Machine, teacher: GPT | None = None, kd_ratio: float = 0.0,
                 backward: Callable | None = None) -> tuple[Tensor, Tensor]:
     """Sums over the response tokens of a batch, end tokens included: of -log q(y_t), and of the loss to train with,
-    (1 - kd_ratio) (-log q(y_t)) + kd_ratio KL[p || q]. With backward, which takes a sum of losses backward, they have
-    no gradients: the model has them. It divides by the tokens of the whole batch, of which this may be a part."""
+    (1 - kd_ratio) (-log q(y_t)) + kd_ratio KL[p || q]. `backward`, if given, takes sums of that loss backward, divided
+    by the tokens of the whole batch, of which this may be a part; the results have no gradients then."""
     tokens, response, mask = data.pad_right([e.prompt for e in batch], [e.response for e in batch], m.device)
     prompt_tokens = [len(e.prompt) for e in batch]
 

@@ -79,6 +79,7 @@ def test_flags_that_cannot_work(tmp_path):
     refused(lambda: bench.Config(rollouts=12), "--rollouts=12", "--batch=8")
     refused(lambda: bench.Config(pt_tokens=1), "--pt_tokens=1")
     refused(lambda: bench.Config(pt_tokens=9, against="trl"), "--pt_tokens=9", "--against=trl")
-    refused(lambda: bench.main(bench.Config(**SMALL, capture=True)), "--capture", "on the CPU")
+    refused(lambda: bench.Config(**SMALL, capture=True), "--capture", "--turns=False")
+    refused(lambda: bench.main(bench.Config(**SMALL, capture=True, turns=False)), "--capture", "on the CPU")
     refused(lambda: bench.Config(figure="growth.pdf"), "--figure=growth.pdf", ".svg")
     refused(lambda: bench.Config(against="nanogpt", nanogpt=str(tmp_path)), "--nanogpt", "model.py")

@@ -331,6 +331,15 @@ def test_a_rollout_of_given_answers_is_that_of_drawing_them(m):
         torch.testing.assert_close(given.teacher_hidden[mask], drawn.teacher_hidden[mask], atol=1e-5, rtol=0)
 
 
+def test_an_answer_that_fills_all_positions_is_scored(m):
+    """The last token of prompt and answer is drawn, and never read: it needs no position."""
+    student, teacher = (random_gpt(seed, eos_token_id=-1) for seed in (1, 2))  # 32 positions
+    drawn = sample(student, [[1] * 30, [2] * 4], uniforms(0, range(2), 3), m, teacher)
+    given = follow(student, drawn.prompts, drawn.answers, 3, m, teacher)
+    torch.testing.assert_close(given.reverse_kl, drawn.reverse_kl, atol=1e-5, rtol=0)
+    assert given.answers == drawn.answers and not given.ended.any()
+
+
 def test_forward_kl_on_references_is_word_level_kd(m):
     """--source=gold --divergence=forward, and teacher.py's loss with --kd_ratio=1; reverse_kl is known too."""
     student, teacher = random_gpt(1), random_gpt(2)

@@ -1,6 +1,7 @@
 """The plan: what it adds up from steps measured on one and two layers, and the shapes it counts bytes by."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,12 +102,22 @@ def test_models_that_do_not_exist_yet_have_the_shape_they_will_have(distill_conf
     assert draft.shape(cfg.student)[0] == new_config("1x2x8", draft.tokenizer)
 
 
-def test_taking_turns_costs_each_model_its_share_of_steps_and_a_pass_over_the_rest(distill_config, m):
+@pytest.mark.parametrize("world, batches", [(1, 3), (3, 1), (2, 3), (6, 1)])
+def test_taking_turns_costs_each_model_its_share_of_steps_and_a_pass_over_the_rest(world, batches, distill_config, m):
+    """60 answers in 3 groups: processes may own a part of each group, or one group alone."""
+    m = replace(m, world=world)
     draft = plan.Draft(distill_config(rollouts=60, minibatch=60, turns=3, sample_batch=64, mix_alpha=0.25), [], m)
     draft.shape, draft.longest = lambda name: (GPTConfig(4 if name == draft.cfg.teacher else 2), COST), 8
-    of_student = 6 * 60 / 20 * COST.step(2) + COST.judge(2, 60, 2, 2)  # 6 of 8 tokens are its own
-    of_teacher = 2 * 60 / 20 * COST.step(4) + COST.judge(4, 60, 6, 6)
+    of_student = 6 * batches * COST.step(2) + COST.judge(2, 60 / world, 2, 2)  # 6 of 8 tokens are its own
+    of_teacher = 2 * batches * COST.step(4) + COST.judge(4, 60 / world, 6, 6)
     assert draft.take_turns(60) == pytest.approx(of_student + of_teacher)
+
+
+def test_comparing_decodes_with_one_model_and_reads_once_with_both(distill_config, m):
+    draft = plan.Draft(distill_config(sample_batch=20, max_tokens=40), [], m)
+    draft.shape, draft.longest = lambda name: (GPTConfig({"q": 2, "p": 4}[name]), COST), 8
+    want = 60 / 20 * 8 * COST.step(2) + COST.judge(2, 60, 40, 8) + COST.judge(4, 60, 40, 8)
+    assert draft.compare(["q", "p"], 60) == pytest.approx(want)
 
 
 def test_every_pair_on_one_to_eight_devices(distill_config, monkeypatch, capsys, tmp_path):

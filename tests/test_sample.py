@@ -275,8 +275,9 @@ def test_no_ngram_comes_twice(m):
     refused(lambda: sample(student, PROMPTS, uniform, dataclasses.replace(m, capture=True), no_repeat_ngram=2),
             "--no_repeat_ngram", "--capture")
     by_turns = lambda **rule: sample(student, PROMPTS, uniform, m, random_gpt(2), 0.2, turn=uniform < 0.2, **rule)
-    for rule in (dict(no_repeat_ngram=2), dict(temperature=0.5), dict(top_k=2), dict(top_p=0.5)):
+    for rule in (dict(no_repeat_ngram=2), dict(temperature=0.5), dict(top_k=2), dict(top_p=0.5), dict(on_token=print)):
         refused(lambda rule=rule: by_turns(**rule), "--turns=0")
+    refused(lambda: sample(student, PROMPTS, uniform, m, turn=uniform < 0), "--turns needs a teacher")
 
 
 def test_samples_that_cannot_be_drawn(m):
