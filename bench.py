@@ -40,6 +40,7 @@ from model import GPT, GPTConfig, frozen, is_shape, new, trained
 from sample import Rollout, sample, turns, uniforms
 
 ALPHA = 0.2  # of Eq. (4)
+UNCOUNTED = 2  # runs: the first makes what is made once, and memory settles in the second
 PARTS = ("sample_q", "sample_p", "sample_mixed", "update", "cycle", "collection", "sft", "rouge")
 
 
@@ -60,7 +61,7 @@ class Config:
     rollouts: int = flag(16, "answers of a collection")
     inner_epochs: int = flag(4, "passes over a collection")
     sft_tokens: int = flag(256, "length of a sample of supervised training")
-    repeats: int = flag(3, "runs of each side, after one that does not count")
+    repeats: int = flag(3, "runs of each side, after two that do not count")
     against: Literal["none", "transformers", "trl", "nanogpt"] = flag("none", "time the same shapes there too, in turn")
     nanogpt: str | None = flag(None, "folder of nanoGPT's repository")
     peer_dtype: Literal["same", "float32", "bfloat16"] = flag("same", "what the peer computes in")
@@ -455,7 +456,7 @@ def measure(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: 
             processes[-1].start()
             end.close()
     runs = {side: [] for side in pipes}
-    for _ in range(cfg.repeats + 1):
+    for _ in range(cfg.repeats + UNCOUNTED):
         for side, pipe in pipes.items():
             try:
                 pipe.send(True)
@@ -465,8 +466,10 @@ def measure(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: 
     for pipe, process in zip(pipes.values(), processes):
         pipe.send(False)
         process.join()
-    ours, *peers = (statistics.median(taken for taken, _, _ in run[1:]) for run in runs.values())
-    _, spent, gib = runs["ours"][-1]
+    counted = {side: run[UNCOUNTED:] for side, run in runs.items()}
+    ours, *peers = (statistics.median(taken for taken, _, _ in run) for run in counted.values())
+    spent = {name: statistics.median(spent[name] for _, spent, _ in counted["ours"]) for name in runs["ours"][-1][1]}
+    gib = runs["ours"][-1][2]
     if part == "rouge":
         return {"part": part, "answers_per_second": round(100 / ours)}
     count = {"sft": cfg.batch * cfg.sft_tokens, "collection": cfg.rollouts * T}.get(part, cfg.batch * T)
