@@ -223,7 +223,7 @@ def learn_by_chunks(function: Callable, chunk: int | list[int], backward: Callab
     So logits are made once, and kept for one chunk: 0.2 GB for 1,024 positions of GPT-2's vocabulary, where a minibatch
     of the paper has 3 GB."""
     top, gradients, parts = head.detach().requires_grad_(), [], []
-    for part in reversed(list(zip(*(r.detach().split(chunk) for r in (hidden, *rows))))):
+    for part in reversed(list(zip(*(r.detach().split(chunk) for r in (hidden, *rows))))):  # as autograd would go back
         states = part[0].requires_grad_()
         values = function(top, states, *part[1:])
         with torch.autocast(hidden.device.type, enabled=False):  # autocast is for the way forward

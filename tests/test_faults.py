@@ -324,8 +324,9 @@ def test_out_of_memory_while_sampling_changes_nothing(by_turns, m, monkeypatch, 
     rollout = draw()
     assert rollout.answers == whole.answers and capsys.readouterr().out.count("out of memory") == 2
     torch.testing.assert_close(rollout.student_logp, whole.student_logp, atol=1e-5, rtol=0)
-    with pytest.raises(torch.OutOfMemoryError):
-        draw(on_token=lambda row, token: None)
+    if not by_turns:  # which streams nothing
+        with pytest.raises(torch.OutOfMemoryError):
+            draw(on_token=lambda row, token: None)
 
 
 def test_killed_while_plain_text_is_tokenised(gpt2, m, tmp_path):
