@@ -297,6 +297,7 @@ def test_the_gradient_is_that_of_eq_7_over_whole_answers(weight, kind, m):
         got = score(student, teacher, rollout, rows, R, cfg, dataclasses.replace(m, vocab_chunk=chunk),
                     lambda loss: (loss / 5).backward())
         torch.testing.assert_close(got["loss"], loss[mask], atol=1e-6, rtol=0)
+        torch.testing.assert_close(got["gap"], (logp - rollout.student_logp[rows]).abs()[mask], atol=1e-6, rtol=0)
         assert got["clipped"].equal(clipped[mask])
         for one, p in zip(want, student.parameters(), strict=True):
             torch.testing.assert_close(p.grad, one, atol=1e-6, rtol=0)  # the teacher's states were kept in float32
