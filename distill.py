@@ -330,7 +330,7 @@ def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], advanta
     def terms(head: Tensor, hidden: Tensor, y: Tensor, teacher_hidden: Tensor, *of_rollout: Tensor) -> tuple:
         log_q = student.logits(hidden, head).log_softmax(-1)  # (chunk, V)
         log_p = teacher.logits(teacher_hidden).log_softmax(-1)
-        student_logp, apart = taken(log_q, y), divergence(log_q, log_p, cfg.divergence)
+        student_logp, apart = taken(log_q, y), divergence(log_q, log_p, cfg.divergence)  # (chunk,) each
         old_logp, mixed_logp, R = (values[None] for values in of_rollout)  # (1, chunk), as if it were one answer
         loss_single, loss_long, weight, clipped = minillm_loss(
             student_logp[None], apart[None], old_logp, mixed_logp, R, torch.ones_like(R).bool(), cfg.weight,

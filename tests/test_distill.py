@@ -332,6 +332,22 @@ def test_a_rollout_of_given_answers_is_that_of_drawing_them(m):
         torch.testing.assert_close(given.teacher_hidden[mask], drawn.teacher_hidden[mask], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("pt_kd", [0.0, 0.5])
+def test_plain_text_adds_its_gradient_with_its_factor(pt_kd, m):
+    """L_PT, pt_coef times, over the tokens of the whole batch: towards the text, not away from it."""
+    student, teacher = random_gpt(1), random_gpt(2)
+    pieces = [Example(Row(""), row[:1], row[1:]) for row in ([1, 2, 3, 4], [5, 6, 7, 8], [9, 1, 2, 3])]
+    _, loss = supervised.answer_loss(student, pieces, m, teacher if pt_kd else None, pt_kd)
+    (0.3 * loss / 9).backward()
+    want = [p.grad for p in student.parameters()]
+    student.zero_grad()
+    sums, _ = distill.accumulate(2, student, teacher, None, [], None, pieces, 1, 9, Config(pt_coef=0.3, pt_kd=pt_kd), m,
+                                 torch.amp.GradScaler("cpu", enabled=False))
+    assert sums["loss_pt"].item() == pytest.approx(loss.item(), rel=1e-5)
+    for one, p in zip(want, student.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, one, atol=1e-6, rtol=1e-4)
+
+
 def test_an_answer_that_fills_all_positions_is_scored(m):
     """The last token of prompt and answer is drawn, and never read: it needs no position."""
     student, teacher = (random_gpt(seed, eos_token_id=-1) for seed in (1, 2))  # 32 positions
