@@ -343,10 +343,9 @@ def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], advanta
     # these weigh a token by its whole answer, which then is a chunk
     chunk = [len(answer) for answer in answers] if cfg.weight in ("product", "exact") else m.vocab_chunk
     with m.autocast():
-        hidden, head = predicting(student(tokens), [len(p) for p in prompts], mask), student.head()  # (N, D)
-        by_token = (hidden, response[mask], *known)
-        values = (learn_by_chunks(terms, chunk, backward, head, *by_token) if backward else
-                  by_chunks(partial(terms, head), chunk, *by_token))
+        by_token = (predicting(student(tokens), [len(p) for p in prompts], mask), response[mask], *known)  # (N, D), ...
+        values = (learn_by_chunks(terms, chunk, backward, student, *by_token) if backward else
+                  by_chunks(partial(terms, student.head()), chunk, *by_token))
     names = ("loss", "loss_single", "loss_long", "weight", "clipped", "gap", "student_logp", "reverse_kl")
     return dict(zip(names, values))
 

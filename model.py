@@ -185,7 +185,8 @@ class GPT(nn.Module):
         weight, device = self.wte.weight, self.wte.weight.device.type
         if not torch.is_autocast_enabled(device):
             return weight
-        return (weight - weight.detach().mean(0)).to(torch.get_autocast_dtype(device))
+        mean, dtype = weight.detach().mean(0), torch.get_autocast_dtype(device)
+        return torch.cat([(rows - mean).to(dtype) for rows in weight.split(4096)])  # whole, 154 MB in float32
 
     def logits(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:
         """(..., D) -> (..., V) in float32 or wider. A loop over chunks passes the `head()` that it made once."""
@@ -215,24 +216,39 @@ def by_chunks(function: Callable, chunk: int | list[int], *rows: Tensor) -> tupl
     return tuple(torch.cat(column) for column in zip(*parts))
 
 
-def learn_by_chunks(function: Callable, chunk: int | list[int], backward: Callable, head: Tensor, hidden: Tensor,
+def learn_by_chunks(function: Callable, chunk: int | list[int], backward: Callable, model: GPT, hidden: Tensor,
                     *rows: Tensor) -> tuple[Tensor, ...]:
     """function(head, hidden, *rows) by chunks, its results without gradients. Of each chunk the sum of what comes
-    first, the loss (n,), goes to `backward` at once; what head and hidden were made of gets its gradients.
+    first, the loss (n,), goes to `backward` at once; the model's output embedding, and what hidden (N, D) was made of,
+    get their gradients.
 
     So logits are made once, and kept for one chunk: 0.2 GB for 1,024 positions of GPT-2's vocabulary, where a minibatch
     of the paper has 3 GB."""
-    top, gradients, parts = head.detach().requires_grad_(), [], []
+    gradients, parts = [], []
+    with torch.no_grad():
+        head = model.head()
     for part in reversed(list(zip(*(r.detach().split(chunk) for r in (hidden, *rows))))):  # as autograd would go back
-        states = part[0].requires_grad_()
+        top, states = head.detach().requires_grad_(), part[0].requires_grad_()
         values = function(top, states, *part[1:])
         with torch.autocast(hidden.device.type, enabled=False):  # autocast is for the way forward
             backward(values[0].sum())
+        add_to_gradient(model.wte.weight, top.grad)
+        top = None  # 77 MB, before the next
         gradients.append(states.grad)
         parts.append([value.detach() for value in values])
+    head = None  # the way back through the layers can use its memory
     with torch.autocast(hidden.device.type, enabled=False):
-        torch.autograd.backward([head, hidden], [top.grad, torch.cat(gradients[::-1])])
+        hidden.backward(torch.cat(gradients[::-1]))
     return tuple(torch.cat(column[::-1]) for column in zip(*parts))
+
+
+def add_to_gradient(p: nn.Parameter, gradient: Tensor) -> None:
+    """Adds to p's gradient, in p's dtype whatever this one's: a sum of many in bfloat16 would lose the small."""
+    if p.grad is None:
+        p.grad = gradient.to(p.dtype)
+        return
+    for held, more in zip(p.grad.split(4096), gradient.split(4096)):  # a cast copy of the whole would be 154 MB
+        held += more
 
 
 def frozen(model: GPT, dtype: torch.dtype) -> GPT:
@@ -261,6 +277,7 @@ def trained(model: GPT, recompute: bool, compile: bool) -> GPT:
     """The model, prepared for training: each layer made again in the backward pass, from its input alone, which takes a
     third more time and little memory; compiled by torch.compile, for samples of any length."""
     model.recompute = recompute
+    model.wte.sparse = not compile and model.wte.weight.device.type == "cpu"  # no 154 MB of zeros for a few rows
     if compile:
         torch._dynamo.reset()  # an earlier stage's versions count towards its limit of eight
         model.compile(dynamic=True)

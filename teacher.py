@@ -147,14 +147,14 @@ def answer_loss(model: GPT, batch: Sequence[Example], m: Machine, teacher: GPT |
         return (1 - kd_ratio) * gold + kd_ratio * (log_p.exp() * (log_p - log_q)).sum(-1), gold
 
     with m.autocast():
-        rows, head = [predicting(model(tokens), prompt_tokens, mask), response[mask]], model.head()  # (N, D), (N,)
+        rows = [predicting(model(tokens), prompt_tokens, mask), response[mask]]  # (N, D), (N,)
         if teacher is not None:
             with torch.no_grad():
                 rows.append(predicting(teacher(tokens), prompt_tokens, mask))  # (N, D)
         if backward:
-            loss, gold = learn_by_chunks(terms, m.vocab_chunk, backward, head, *rows)  # (N,) each
+            loss, gold = learn_by_chunks(terms, m.vocab_chunk, backward, model, *rows)  # (N,) each
         else:
-            loss, gold = by_chunks(partial(terms, head), m.vocab_chunk, *rows)
+            loss, gold = by_chunks(partial(terms, model.head()), m.vocab_chunk, *rows)
     return gold.detach().sum(), loss.sum()
 
 
