@@ -58,7 +58,7 @@ class Config:
     prompt_tokens: int = flag(64, "P")
     response_tokens: str = flag("64", "T; or several, as in 64,128,256,512")
     pt_tokens: int = flag(0, "length of the pieces of D_PT in an update, as many as answers; 0 for none")
-    rollouts: int = flag(16, "answers of a collection")
+    rollouts: int | None = flag(None, "answers of a collection; default twice --batch")
     inner_epochs: int = flag(4, "passes over a collection")
     sft_tokens: int = flag(256, "length of a sample of supervised training")
     repeats: int = flag(3, "runs of each side, after two that do not count")
@@ -86,7 +86,7 @@ class Config:
             raise UserError("--pt_tokens=1: nothing is predicted in a piece of one token; give 0 for none")
         if self.capture and self.turns:
             raise UserError("--capture records a step of both models, and turns take one of either: give --turns=False")
-        if self.rollouts % self.batch:
+        if self.answers % self.batch:
             raise UserError(f"--rollouts={self.rollouts} is not a multiple of --batch={self.batch}")
         if self.against == "nanogpt" and not (self.nanogpt and (Path(self.nanogpt) / "model.py").is_file()):
             raise UserError(f"--nanogpt={self.nanogpt}: give the folder of nanoGPT's repository, with its model.py")
@@ -94,6 +94,10 @@ class Config:
             raise UserError(f"--pt_tokens={self.pt_tokens} and --against={self.against}: no peer has D_PT; give one")
         if self.figure and Path(self.figure).suffix not in (".svg", ".png"):
             raise UserError(f"--figure={self.figure} must end in .svg or .png")
+
+    @property
+    def answers(self) -> int:
+        return self.rollouts or 2 * self.batch
 
 
 def draw(count: int, length: int) -> list[list[int]]:
@@ -205,7 +209,7 @@ class Ours:
         self.collect(self.cfg.batch, 1)
 
     def collection(self) -> None:
-        self.collect(self.cfg.rollouts, self.cfg.inner_epochs)
+        self.collect(self.cfg.answers, self.cfg.inner_epochs)
 
     def sft(self) -> None:
         optimizer, scaler = self.optimizer
@@ -404,24 +408,27 @@ def measure_machine(m: Machine) -> tuple[float, float]:
     """FLOP/s of a large matrix product in the dtype of autocast, and bytes/s of reading memory: the best of 20."""
     n = 8192 if m.device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=m.device).to(m.dtype)
-    words = torch.zeros(2**28 // 4, dtype=torch.int32, device=m.device)  # 256 MB
+    words = torch.zeros(2**31 // 4 if m.device.type == "cuda" else 2**28 // 4, dtype=torch.int32, device=m.device)
     rate = max(2 * n**3 / seconds(m, lambda: a @ b) for _ in range(20))
     return rate, max(words.nbytes / seconds(m, lambda: words.max()) for _ in range(20))
 
 
 def floor(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: float) -> float | None:
-    """Seconds that a part must take on this machine: its products at the full rate, or its weights read once a step."""
-    shape = lambda name: GPTConfig(*map(int, name.split("x")))
-    matrices = {name: shape(name).n_layer * 12 * shape(name).n_embd**2 for name in (cfg.student, cfg.teacher)}
-    heads = {name: 50257 * shape(name).n_embd for name in matrices}
+    """Seconds that a part must take on this machine: its products at the full rate, or its weights read once a step,
+    and the keys and values of what was said."""
+    shapes = {name: GPTConfig(*map(int, name.split("x"))) for name in (cfg.student, cfg.teacher)}
+    matrices = {name: shape.n_layer * 12 * shape.n_embd**2 for name, shape in shapes.items()}
+    heads = {name: 50257 * shape.n_embd for name, shape in shapes.items()}
     size, B = m.dtype.itemsize, cfg.batch
 
-    def read(name: str, tokens: float, predicted: float) -> float:
-        reading = size * (matrices[name] + heads[name]) / bandwidth
+    def read(name: str, tokens: float, predicted: float, held: float = 0.0) -> float:
+        cache = 2 * shapes[name].n_layer * shapes[name].n_embd * B * held
+        reading = size * (matrices[name] + heads[name] + cache) / bandwidth
         return max(reading, 2 * B * (tokens * matrices[name] + predicted * heads[name]) / rate)
 
     def decode(name: str, share: float = 1.0) -> float:  # of the tokens, in as many passes
-        return read(name, cfg.prompt_tokens, 1) + share * (T - 1) * read(name, 1 / share, 1 / share)
+        held = cfg.prompt_tokens + T / 2  # on average, the token that is read among them
+        return read(name, cfg.prompt_tokens, 1) + share * (T - 1) * read(name, 1 / share, 1 / share, held)
 
     def train(name: str, tokens: int, predicted: int) -> float:
         return 6 * B * (tokens * matrices[name] + predicted * heads[name]) / rate
@@ -430,7 +437,7 @@ def floor(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: fl
     update = train(cfg.student, cfg.prompt_tokens + T, T) + train(cfg.student, cfg.pt_tokens, max(0, cfg.pt_tokens - 1))
     update += 2 * B * T * heads[cfg.teacher] / rate
     return {"sample_q": decode(cfg.student), "sample_p": decode(cfg.teacher), "sample_mixed": both, "update": update,
-            "cycle": both + update, "collection": cfg.rollouts // B * (both + cfg.inner_epochs * update),
+            "cycle": both + update, "collection": cfg.answers // B * (both + cfg.inner_epochs * update),
             "sft": train(cfg.student, cfg.sft_tokens, cfg.sft_tokens)}.get(part)
 
 
@@ -472,7 +479,7 @@ def measure(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: 
     gib = runs["ours"][-1][2]
     if part == "rouge":
         return {"part": part, "answers_per_second": round(100 / ours)}
-    count = {"sft": cfg.batch * cfg.sft_tokens, "collection": cfg.rollouts * T}.get(part, cfg.batch * T)
+    count = {"sft": cfg.batch * cfg.sft_tokens, "collection": cfg.answers * T}.get(part, cfg.batch * T)
     line = {"part": part, "student": cfg.student, "teacher": cfg.teacher, "turns": cfg.turns, "batch": cfg.batch,
             "prompt_tokens": cfg.prompt_tokens, "response_tokens": T, "seconds": round(ours, 4),
             "seconds_by_part": {name: round(value, 4) for name, value in spent.items()},

@@ -136,23 +136,23 @@ def run(main: Callable, Config: type, presets: Callable[[dict], dict] | None = N
     before = signal.signal(signal.SIGTERM, stop_now)
     try:
         main(cfg)
+        if dist.is_initialized():  # not behind an error: NCCL would wait for processes that wait for this one
+            dist.destroy_process_group()
     except (Stopped, KeyboardInterrupt) as stop:
         stop = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
         print(f"{os.path.basename(sys.argv[0])}: {stop}", file=sys.stderr)
         sys.exit(128 + stop.signum)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, torch.cuda.OutOfMemoryError) as error:
         if os.environ.get("MINILLM_DEBUG"):
             raise
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             error = f"{error}: make room; what was written before is whole, and a run goes on from it with --resume"
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.cuda.OutOfMemoryError):
             error = "out of memory on the GPU: lower --micro_batch, --batch_size or --sample_batch, where there is one"
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
         signal.signal(signal.SIGTERM, before)
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def stop_now(signum: int, frame) -> typing.NoReturn:
@@ -284,10 +284,12 @@ def machine(device: str = "auto", dtype: str = "auto", vocab_chunk: int | None =
             raise UserError(f"there is no GPU number {index}: this machine has {torch.cuda.device_count()}, from 0 on")
         place = torch.device("cuda", index)
         torch.cuda.set_device(place)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 it plans anew for each length, up to 40 ms a token
     elif capture:
         raise UserError("--capture records a step of a GPU; on the CPU there is nothing to record")
     if world > 1 and not dist.is_initialized():  # all wait while one tokenises plain text, hence the hours
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+        kind = dict(backend="nccl", device_id=place) if place.type == "cuda" else dict(backend="gloo")
+        dist.init_process_group(**kind, timeout=timedelta(hours=6))
     if dtype == "auto":
         native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # private in 2.13, hence the default
         if place.type == "cuda":

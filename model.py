@@ -80,8 +80,10 @@ class KVCache:
         return self.kv[layer, :, :, :, :end]
 
     def keep(self, rows: Tensor) -> None:
-        """Drops all rows but these indices (b,)."""
-        self.kv = self.kv[:, :, rows]
+        """Drops all rows but these indices (b,), in ascending order; in place, for two caches may be too many."""
+        for kv in self.kv:
+            kv[:, : len(rows)] = kv[:, rows]
+        self.kv = self.kv[:, :, : len(rows)]
 
 
 class PackedLinear(nn.Module):
@@ -125,7 +127,8 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
         if cache is not None:
             k, v = cache.extend(layer, qkv.permute(2, 0, 3, 1, 4)[1:])  # (B, H, S, D/H) each
-        with torch.autocast(x.device.type, enabled=False) if cache is not None else contextlib.nullcontext():
+        wide = cache is not None and x.device.type == "cpu"  # on a GPU a cache is in autocast's own dtype
+        with torch.autocast("cpu", enabled=False) if wide else contextlib.nullcontext():
             causal = True if mask is None and T > 1 else False  # a plain bool: torch.compile's T is a symbol
             y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask, dropout, causal)
         y = self.attn["c_proj"](y.transpose(1, 2).reshape(B, T, D))  # (B, T, D)
@@ -154,16 +157,18 @@ class GPT(nn.Module):
         if past + T > self.config.n_positions:
             raise UserError(f"{past + T} tokens do not fit into this model's {self.config.n_positions} positions")
         recorded = cache is not None and cache.position is not None and T == 1
-        columns = torch.arange(cache.width if recorded else past + T, device=tokens.device)  # (S,)
-        positions, mask = cache.position if recorded else columns[past:], None  # (T,)
+        S = cache.width if recorded else past + T
+        columns = torch.arange(-(-S // 8) * 8, device=tokens.device)  # a GPU's attention wants rows of a mask aligned
+        positions, mask = cache.position if recorded else columns[past:S], None  # (T,)
         if starts is not None or (past and T > 1) or recorded:
             first = (torch.zeros_like(tokens[:, 0]) if starts is None else starts)[:, None]  # (B, 1)
             query = positions[:, None]
             # padding may see itself: a row of nothing but -inf would become NaN
             mask = (columns <= query) & ((columns >= first[..., None]) | (columns == query))  # (B, T, S)
-            mask, positions = mask[:, None], (positions - first).clamp(min=0)  # (B, 1, T, S), (B, T)
+            positions = (positions - first).clamp(min=0)  # (B, T)
             if cache is not None:  # as attention wants it, made once and not in each layer
                 mask = torch.zeros_like(mask, dtype=cache.kv.dtype).masked_fill_(~mask, -torch.inf)
+            mask = mask[:, None, :, :S]  # (B, 1, T, S)
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, D)
         x = F.dropout(x, self.dropout, self.training)
         for layer, block in enumerate(self.h):
@@ -252,13 +257,13 @@ def add_to_gradient(p: nn.Parameter, gradient: Tensor) -> None:
 
 
 def frozen(model: GPT, dtype: torch.dtype) -> GPT:
-    """A copy for inference. Its matrices are held in `dtype`, so that autocast need not cast them at each call, and
+    """A copy for inference. Its linear maps are held in `dtype`, so that autocast need not cast them at each call, and
     packed on a CPU; all else is shared with the model."""
     with torch.device("meta"):
         copy = GPT(model.config)
     packed = PackedLinear.fits(model.config, model.wte.weight.device, dtype)
-    cast = lambda name, p: name.startswith("h.") and p.dim() == 2 and not packed  # packing casts one by one
-    weights = {name: p.detach().to(dtype) if cast(name, p) else p.detach() for name, p in model.named_parameters()}
+    cast = lambda name: name.startswith("h.") and ".ln_" not in name and not packed  # packing casts one by one
+    weights = {name: p.detach().to(dtype) if cast(name) else p.detach() for name, p in model.named_parameters()}
     copy.load_state_dict(weights, assign=True)
     if dtype != model.wte.weight.dtype:
         with torch.autocast(model.wte.weight.device.type, dtype):

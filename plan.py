@@ -215,7 +215,7 @@ class Draft:
             try:
                 self.costs[config.n_embd] = measure(config, self.m, rows, round(lengths[0] - lengths[1]),
                                                     round(lengths[1]), cfg.sample_batch)
-            except torch.OutOfMemoryError:  # so will the run do
+            except torch.cuda.OutOfMemoryError:  # so will the run do
                 if rows == 1:
                     raise
             rows = max(1, rows // 2)

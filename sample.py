@@ -144,7 +144,7 @@ class Recorded:
 def record(function: Callable) -> Callable:
     """Records the function without running it; what is returned runs."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, NCCL's, may go on
         function()
     return graph.replay
 
@@ -304,7 +304,7 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
                 if (t + 1) % look_every == 0 and not decoder.keep_alive(t):
                     break
             decoder.catch_up(t)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             if len(batch) == 1 or on_token:  # what was heard of cannot be said again
                 raise
             fits = False

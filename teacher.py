@@ -206,7 +206,7 @@ def fitting(function: Callable, micro_batch: int, model: GPT, *rest) -> tuple:
     while True:
         try:
             return function(micro_batch, *rest), micro_batch
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             if micro_batch == 1:
                 raise
         model.zero_grad(set_to_none=True)  # behind the handler, which holds on to the failed pass's tensors
@@ -257,7 +257,7 @@ def load_state(out: Path, cfg, model: GPT, optimizer, scaler, m: Machine) -> tup
     if path.is_file():
         try:
             check_zip(path)
-            state = torch.load(path, map_location=m.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)  # not beside the model's own
         except Exception as error:  # pickle, zip and torch have one each for a broken file
             other = f"; {before} is older: remove {path.name}, and --resume takes that" if before.is_file() else ""
             raise UserError(f"{path} is damaged ({type(error).__name__}): remove {out} to begin anew{other}") from None
