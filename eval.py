@@ -78,12 +78,14 @@ def held_out_loss(model: GPT, examples: Sequence[Example], m: Machine, batch_siz
     total = torch.zeros(2, dtype=torch.float64, device=m.device)  # nats, tokens
     lengths = [len(e.prompt) + len(e.response) for e in examples]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)[m.rank :: m.world]
+    with m.autocast():
+        head = model.head()
+    logps = lambda hidden, y: (taken(model.logits(hidden, head).log_softmax(-1), y),)
     for at in range(0, len(order), batch_size):
         batch = [examples[i] for i in order[at : at + batch_size]]
         tokens, response, mask = data.pad_right([e.prompt for e in batch], [e.response for e in batch], m.device)
         with m.autocast():
             hidden = predicting(model(tokens), [len(e.prompt) for e in batch], mask)  # (N, D)
-            logps = lambda hidden, y: (taken(model.logits(hidden).log_softmax(-1), y),)
             (logp,) = by_chunks(logps, m.vocab_chunk, hidden, response[mask])  # (N,)
         total[0] -= logp.double().sum()
         total[1] += len(logp)

@@ -80,7 +80,7 @@ class KVCache:
         return self.kv[layer, :, :, :, :end]
 
     def keep(self, rows: Tensor) -> None:
-        """Drops all rows but these indices (b,), in ascending order; in place, for two caches may be too many."""
+        """Drops all rows but these indices (b,), in place: there may be no room for a second cache."""
         for kv in self.kv:
             kv[:, : len(rows)] = kv[:, rows]
         self.kv = self.kv[:, :, : len(rows)]
@@ -238,9 +238,9 @@ def learn_by_chunks(function: Callable, chunk: int | list[int], backward: Callab
         with torch.autocast(hidden.device.type, enabled=False):  # autocast is for the way forward
             backward(values[0].sum())
         add_to_gradient(model.wte.weight, top.grad)
-        top = None  # 77 MB, before the next
         gradients.append(states.grad)
         parts.append([value.detach() for value in values])
+        top = values = None  # whose graph holds on to the head and its gradient, 77 MB each
     head = None  # the way back through the layers can use its memory
     with torch.autocast(hidden.device.type, enabled=False):
         hidden.backward(torch.cat(gradients[::-1]))
@@ -280,9 +280,12 @@ def frozen(model: GPT, dtype: torch.dtype) -> GPT:
 
 def trained(model: GPT, recompute: bool, compile: bool) -> GPT:
     """The model, prepared for training: each layer made again in the backward pass, from its input alone, which takes a
-    third more time and little memory; compiled by torch.compile, for samples of any length."""
+    third more time and little memory; compiled by torch.compile, for samples of any length.
+
+    On a CPU its input embedding has a sparse gradient, of the rows that were read, instead of 154 MB of zeros. It is
+    added to that of the output embedding, which learn_by_chunks makes first."""
     model.recompute = recompute
-    model.wte.sparse = not compile and model.wte.weight.device.type == "cpu"  # no 154 MB of zeros for a few rows
+    model.wte.sparse = not compile and model.wte.weight.device.type == "cpu"
     if compile:
         torch._dynamo.reset()  # an earlier stage's versions count towards its limit of eight
         model.compile(dynamic=True)

@@ -21,7 +21,7 @@ import data
 import teacher as supervised
 from config import Machine, UserError, clock
 from data import Example, Row
-from model import GPT, GPTConfig, PackedLinear, frozen, is_shape, new_config, read_config, same_vocabulary
+from model import GPT, GPTConfig, PackedLinear, frozen, is_shape, new_config, read_config, same_vocabulary, trained
 from sample import sample, uniforms
 
 
@@ -70,7 +70,7 @@ def measure_layers(config: GPTConfig, m: Machine, rows: int, prompt_tokens: int,
     draw = lambda count: np.random.default_rng(0).integers(0, config.vocab_size, count).tolist()
     batch = [Example(Row(""), draw(prompt_tokens), draw(answer_tokens))] * rows
     text = torch.tensor([draw(prompt_tokens + answer_tokens)] * rows, device=m.device)
-    model = GPT(config).to(m.device)
+    model = trained(GPT(config).to(m.device), recompute=False, compile=False)
     light, (optimizer, scaler) = frozen(model, m.dtype), supervised.optimizer_of(model, m, (0.9, 0.95), 0.0)
     alone, steps = replace(m, rank=0, world=1, capture=False), 4
 

@@ -14,7 +14,8 @@ from config import Machine, UserError, make
 from model import GPT, GPTConfig, new, new_config, save
 
 collect_ignore = []
-if not any("test_gpu" in word for word in sys.argv):  # asked for alone: the others fork, which CUDA does not survive
+asked_for = [word.partition("::")[0] for word in sys.argv if word[:1] != "-"]
+if not any(word.endswith("test_gpu.py") for word in asked_for):  # the others fork, which CUDA does not survive
     collect_ignore.append("test_gpu.py")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.set_num_threads(1)  # the models are tiny, and a second thread would wait for whatever else runs

@@ -74,7 +74,7 @@ def test_presets_win_over_defaults_and_flags_over_presets():
 def test_run_turns_user_errors_and_file_errors_into_one_line(monkeypatch, capsys):
     def main(cfg):
         raise {"gpt2": UserError("no such thing"), "disk": OSError(28, "No space left"),
-               "large": torch.OutOfMemoryError("CUDA\nout of memory")}[cfg.teacher]
+               "large": torch.cuda.OutOfMemoryError("CUDA\nout of memory")}[cfg.teacher]
 
     for teacher, words in (("gpt2", "no such thing"), ("disk", "No space left"), ("large", "lower --micro_batch")):
         monkeypatch.setattr("sys.argv", ["tool.py", f"--teacher={teacher}"])

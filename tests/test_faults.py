@@ -270,7 +270,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_more(small, finishe
         if torch.is_grad_enabled():
             tried.add(len(tokens))
             if len(tokens) > 2:
-                raise torch.OutOfMemoryError
+                raise torch.cuda.OutOfMemoryError
         return forward(model, tokens, *more)
 
     monkeypatch.setattr(supervised.GPT, "forward", too_many)
@@ -283,8 +283,8 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_more(small, finishe
         for one, other in zip(*(map(json.loads, log) for log in logs), strict=True):
             for name in one.keys() & {"loss", "loss_single", "loss_long", "loss_pt", "reverse_kl", "grad_norm"}:
                 assert other[name] == pytest.approx(one[name], rel=2e-3, abs=1e-4), (stage, one["step"], name)
-    monkeypatch.setattr(supervised.GPT, "forward", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    with pytest.raises(torch.OutOfMemoryError):
+    monkeypatch.setattr(supervised.GPT, "forward", lambda *args: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
         distill.main(small(baselines="", out=str(tmp_path / "none")))
 
 
@@ -295,7 +295,7 @@ def test_what_a_failed_attempt_had_added_to_the_gradient_is_forgotten(capsys):
     def add_up(micro_batch, room):
         for at in range(0, 4, micro_batch):
             if micro_batch > room and at:
-                raise torch.OutOfMemoryError
+                raise torch.cuda.OutOfMemoryError
             gpt.logits(gpt(tokens[at : at + micro_batch])).square().sum().backward()
         return micro_batch
 
@@ -317,7 +317,7 @@ def test_out_of_memory_while_sampling_changes_nothing(by_turns, m, monkeypatch, 
 
     def small_room(cache, config, batch, *more):
         if batch > 1:
-            raise torch.OutOfMemoryError
+            raise torch.cuda.OutOfMemoryError
         room(cache, config, batch, *more)
 
     monkeypatch.setattr(KVCache, "__init__", small_room)
@@ -325,7 +325,7 @@ def test_out_of_memory_while_sampling_changes_nothing(by_turns, m, monkeypatch, 
     assert rollout.answers == whole.answers and capsys.readouterr().out.count("out of memory") == 2
     torch.testing.assert_close(rollout.student_logp, whole.student_logp, atol=1e-5, rtol=0)
     if not by_turns:  # which streams nothing
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(torch.cuda.OutOfMemoryError):
             draw(on_token=lambda row, token: None)
 
 

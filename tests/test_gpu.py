@@ -35,7 +35,7 @@ def models(device, dtype=torch.float32):
 def draw(m, by_turns=False, dtype=torch.float32, capture=False):
     student, teacher = models(m.device, dtype)
     turn = turns(0, 0, range(5), 60, 0.3, 2) if by_turns else None
-    return sample(student, PROMPTS, uniforms(0, range(5), 60), dataclasses.replace(m, capture=capture), teacher, 0.3, 5,
+    return sample(student, PROMPTS, uniforms(4, range(5), 60), dataclasses.replace(m, capture=capture), teacher, 0.3, 5,
                   keep_hidden=True, turn=turn)
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -143,6 +144,21 @@ def test_chunks_taken_backward_at_once_change_nothing(chunk):
         torch.testing.assert_close(one, p.grad, atol=1e-12, rtol=0)
     parts = by_chunks(lambda hidden: terms(gpt.head(), hidden, 1.0), chunk, hidden)
     torch.testing.assert_close(parts[1], values[0], atol=1e-12, rtol=0)
+
+
+def test_a_chunk_is_let_go_of_before_the_next_and_before_the_layers():
+    """Its head stands for the head's gradient and its graph, which hang together."""
+    gpt, heads, alive = random_gpt(n_embd=32), [], []
+
+    def terms(head, hidden):
+        alive.append(sum(before() is not None for before in heads))
+        heads.append(weakref.ref(head))
+        return (gpt.logits(hidden, head)[:, 3],)
+
+    hidden = gpt(torch.arange(10)[None])[0]
+    hidden.register_hook(lambda gradient: alive.append(sum(head() is not None for head in heads)))
+    learn_by_chunks(terms, 4, lambda loss: loss.backward(), gpt, hidden)
+    assert alive == [0, 0, 0, 0]
 
 
 def test_the_way_back_is_not_under_autocast():
