@@ -454,6 +454,14 @@ def serve(side: str, part: str, T: int, cfg: Config, m: Machine, pipe: Connectio
         pipe.send((taken, owner.spent, m.peak_gib()))
 
 
+def second_run(pipe: Connection) -> tuple[float, dict, float]:
+    """What a side says of its second run of two."""
+    for _ in range(2):
+        pipe.send(True)
+        said = pipe.recv()
+    return said
+
+
 def measure(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: float) -> dict:
     """The line of one part: each side in a process of its own, in turn."""
     spawn, pipes, processes = multiprocessing.get_context("spawn"), {}, []
@@ -467,12 +475,9 @@ def measure(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: 
     for _ in range(cfg.repeats + UNCOUNTED):
         for side, pipe in pipes.items():
             try:
-                for _ in range(2):
-                    pipe.send(True)
-                    last = pipe.recv()
+                runs[side].append(second_run(pipe))
             except (EOFError, ConnectionError):
                 raise UserError(f"{part}: {side} failed; what it said stands above") from None
-            runs[side].append(last)
     for pipe, process in zip(pipes.values(), processes):
         pipe.send(False)
         process.join()

@@ -1,6 +1,7 @@
 """The benchmark: it times what distill.py runs, and its floors are what a machine cannot go below."""
 
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -48,6 +49,14 @@ def test_answers_are_of_full_length_and_an_update_moves_the_student(m):
     ours.update()
     assert ours.rollout.response_mask.all() and ours.rollout.response.shape == (2, 3)
     assert not torch.equal(ours.student.wte.weight, before)
+
+
+def test_of_a_turn_the_second_run_counts():
+    ours, theirs = multiprocessing.Pipe()
+    for seconds in (9.0, 2.0, 8.0):
+        theirs.send(seconds)
+    assert bench.second_run(ours) == 2.0
+    assert [theirs.recv() for _ in range(2)] == [True, True] and not theirs.poll()
 
 
 def test_the_floor_of_a_step_is_its_weights_read_once_or_its_products(m):

@@ -99,14 +99,16 @@ def test_an_unknown_device_is_refused(device):
 
 def test_which_gpu_is_whose(monkeypatch):
     """On a machine with two, as far as one without can tell: every device that is set has a number."""
-    said, joined = [], []
+    said, joined, cudnn = [], [], []
     for name, answer in (("is_available", True), ("device_count", 2), ("is_bf16_supported", False)):
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer, **settings: answer)
     monkeypatch.setattr(torch.cuda, "set_device", said.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", cudnn.append)
     monkeypatch.setattr(config.dist, "init_process_group", lambda backend, **settings: joined.append(backend))
     for device in ("auto", "cuda", "cuda:1"):
         assert config.machine(device).dtype == torch.float16  # the GPU is one without bfloat16
     assert said == [torch.device("cuda", n) for n in (0, 0, 1)] and not joined
+    assert cudnn == [False] * 3
     refused(lambda: config.machine("cuda:2"), "no GPU number 2", "has 2")
     refused(lambda: config.machine("cpu", capture=True), "--capture", "on the CPU")
     for name, value in (("RANK", "3"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4")):
