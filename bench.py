@@ -37,7 +37,7 @@ import teacher as supervised
 from config import Machine, UserError, check, flag, machine, run
 from data import Example, Row
 from eval import rouge_l
-from model import GPT, GPTConfig, frozen, is_shape, new, trained
+from model import GPT, GPTConfig, frozen, is_shape, trained
 from sample import Rollout, sample, turns, uniforms
 
 ALPHA = 0.2  # of Eq. (4)
@@ -130,8 +130,13 @@ class Ours:
         self.pieces = [Example(Row(""), row[:1], row[1:]) for row in draw(cfg.batch, cfg.pt_tokens)]
 
     def new(self, shape: str) -> GPT:
-        config = GPTConfig(*map(int, shape.split("x")), eos_token_id=-1, resid_pdrop=0.0)
-        return new(config, seed=0).to(self.m.device)
+        torch.manual_seed(0)
+        with self.m.device:  # a CPU takes 15 s to draw GPT-2 XL
+            model = GPT(GPTConfig(*map(int, shape.split("x")), eos_token_id=-1, resid_pdrop=0.0))
+        for p in model.parameters():
+            if p.dim() == 2:
+                torch.nn.init.normal_(p, std=0.02)
+        return model
 
     @cached_property
     def student(self) -> GPT:
@@ -152,6 +157,10 @@ class Ours:
     @cached_property
     def rollout(self) -> Rollout:
         return self.decode(self.q, self.p)
+
+    @cached_property
+    def R(self) -> Tensor:
+        return self.returns(self.rollout)
 
     @contextlib.contextmanager
     def clocked(self, part: str) -> Iterator[None]:
@@ -179,11 +188,13 @@ class Ours:
     def sample_mixed(self) -> None:
         self.decode(self.q, self.p)
 
-    def learn(self, rollout: Rollout, rows: list[int]) -> None:
+    def returns(self, rollout: Rollout) -> Tensor:
+        reward = distill.token_reward(rollout.teacher_logp, rollout.student_logp)
+        return distill.future_reward(reward, rollout.response_mask)
+
+    def learn(self, rollout: Rollout, R: Tensor, rows: list[int]) -> None:
         """One update on these answers, and on as many pieces of D_PT, as distill.py takes it."""
         (optimizer, scaler), m, size = self.optimizer, self.m, self.cfg.micro_batch or self.cfg.batch
-        reward = distill.token_reward(rollout.teacher_logp, rollout.student_logp)
-        R = distill.future_reward(reward, rollout.response_mask)
         for at in range(0, len(rows), size):
             micro = rows[at : at + size]
             with self.clocked("gradient"):
@@ -197,13 +208,14 @@ class Ours:
             supervised.apply_update(self.student, optimizer, scaler, m, 1e-6, 1.0)
 
     def update(self) -> None:
-        self.learn(self.rollout, list(range(self.cfg.batch)))
+        self.learn(self.rollout, self.R, list(range(self.cfg.batch)))
 
     def collect(self, answers: int, epochs: int) -> None:
         rollout = self.decode(frozen(self.student, self.m.dtype), self.p, answers)
+        R = self.returns(rollout)
         for epoch in range(epochs):
             for batch in distill.minibatches(answers, self.cfg.batch, (0, epoch)):
-                self.learn(rollout, batch)
+                self.learn(rollout, R, batch)
 
     def cycle(self) -> None:
         """B answers, and one update on them."""
@@ -240,8 +252,9 @@ class Transformers:
     def new(self, shape: str):
         from transformers import GPT2Config, GPT2LMHeadModel
         n_layer, n_head, n_embd = map(int, shape.split("x"))
-        return GPT2LMHeadModel(GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, resid_pdrop=0.0,
-                                          embd_pdrop=0.0, attn_pdrop=0.0)).to(self.m.device)
+        with self.m.device:
+            return GPT2LMHeadModel(GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, resid_pdrop=0.0,
+                                              embd_pdrop=0.0, attn_pdrop=0.0))
 
     @cached_property
     def student(self):

@@ -1,6 +1,7 @@
 """What runs on a GPU against the same on the CPU. Collected only when asked for: pytest tests/test_gpu.py"""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_an_update_has_the_cpus_gradients(dtype, off, recompute):
         moved = dataclasses.replace(rollout, **{
             name: value.to(m.device) for name, value in vars(rollout).items() if isinstance(value, torch.Tensor)})
         distill.score(student, models(m.device, m.dtype)[1], moved, [0, 2, 4], torch.ones_like(moved.student_logp),
-                      distill.Config(), m, backward)
+                      distill.Config(clip_eps=math.inf), m, backward)  # a ratio may lie at the edge
         scaler.unscale_(optimizer)
         grads[m.device.type] = torch.cat([p.grad.cpu().flatten() for p in student.parameters()])
     assert (grads["cpu"] - grads["cuda"]).norm() <= off * grads["cpu"].norm()
