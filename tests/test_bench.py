@@ -51,6 +51,15 @@ def test_answers_are_of_full_length_and_an_update_moves_the_student(m):
     assert not torch.equal(ours.student.wte.weight, before)
 
 
+def test_a_collection_makes_its_returns_once_of_models_that_are_unsure(m, monkeypatch):
+    made, future_reward = [], bench.distill.future_reward
+    monkeypatch.setattr(bench.distill, "future_reward", lambda *given: made.append(future_reward(*given)) or made[-1])
+    ours = bench.Ours(bench.Config(**SMALL), m, 3)
+    ours.collection()
+    assert [R.shape for R in made] == [(4, 3)]
+    assert ours.q.wte.weight.std() == pytest.approx(0.02, rel=0.05)  # of 1, ratios of probabilities would be infinite
+
+
 def test_of_a_turn_the_second_run_counts():
     ours, theirs = multiprocessing.Pipe()
     for seconds in (9.0, 2.0, 8.0):
