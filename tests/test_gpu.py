@@ -1,15 +1,22 @@
 """What runs on a GPU against the same on the CPU. Collected only when asked for: pytest tests/test_gpu.py"""
 
 import dataclasses
+import gc
 import math
+import weakref
 
 import pytest
 import torch
 from conftest import CPU
 
+import bench
 import distill
+import eval as evaluation
+import exposure
+import sample as sampling
 import teacher as supervised
-from config import machine
+from calibration import label_probabilities
+from config import machine, make
 from data import Example, Row
 from model import GPTConfig, frozen, new, trained
 from sample import follow, sample, turns, uniforms
@@ -48,12 +55,23 @@ def test_it_says_what_the_cpu_says(m, by_turns):
         torch.testing.assert_close(getattr(here, name), getattr(there, name).cpu(), atol=1e-3, rtol=0)
 
 
-def test_a_recorded_step_is_the_step(m):
+def test_a_recorded_step_is_the_step(m, monkeypatch):
     """Prompts of several lengths, rows that leave, recordings of 128 columns and of more."""
-    plain, recorded = draw(m), draw(m, capture=True)
+    recordings, caches, record, new_cache = [], [], sampling.record, sampling.KVCache.__init__
+    monkeypatch.setattr(sampling, "record", lambda step: recordings.append(1) or record(step))
+    monkeypatch.setattr(sampling.KVCache, "__init__",
+                        lambda self, *given: caches.append(weakref.ref(self)) or new_cache(self, *given))
+    gc.disable()
+    try:
+        plain, recorded = draw(m), draw(m, capture=True)
+        assert len(caches) == 4 and not any(cache() for cache in caches)  # let go of at once
+    finally:
+        gc.enable()
+    assert len(recordings) >= 3  # of 5 rows and of fewer, of 128 columns and of more
     assert plain.answers == recorded.answers and recorded.ended.equal(plain.ended)
-    for name in ("student_logp", "teacher_logp", "mixed_logp", "reverse_kl"):
-        torch.testing.assert_close(getattr(plain, name), getattr(recorded, name), atol=1e-3, rtol=0)
+    mask = plain.response_mask
+    for name in ("student_logp", "teacher_logp", "mixed_logp", "reverse_kl", "teacher_hidden"):
+        torch.testing.assert_close(getattr(plain, name)[mask], getattr(recorded, name)[mask], atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -97,7 +115,38 @@ def test_what_does_not_fit_is_tried_with_half(m, capsys):
     assert capsys.readouterr().out.count("out of memory") == 2
 
 
-@pytest.mark.parametrize("more", [dict(capture=True), dict(turns=2), dict(dtype="bfloat16"), dict(dtype="float16")])
+@pytest.mark.parametrize("more", [dict(capture=True, dtype="bfloat16"), dict(
+    turns=2, dtype="float16", recompute=True, pt_kd=0.5, weight="exact")], ids=["capture", "turns"])
 def test_phase_2_from_end_to_end(distill_config, more):
-    cfg = distill_config(device="cuda", **more)
-    assert distill.distil(cfg)["best"]["step"] in (0, 4)
+    """With its plan before, and the final evaluation."""
+    rows = distill.main(distill_config(device="cuda", **more))
+    assert len(rows) == 3 and all(math.isfinite(row["loss"]) and math.isfinite(row["reverse_kl"]) for row in rows)
+
+
+def test_an_update_explained(distill_config, capsys):
+    distill.main(distill_config(device="cuda", explain=True))
+    assert "An update divides" in capsys.readouterr().out
+
+
+def test_commands_find_what_they_find_on_the_cpu(tiny_models, tmp_path):
+    """KD, metrics with a teacher, exposure bias, probabilities of labels."""
+    found, both = {}, dict(model=tiny_models["student"], teacher=tiny_models["teacher"], dtype="float32")
+    for device in ("cpu", "cuda"):
+        few, m = both | dict(device=device, limit=4, max_response_tokens=6), machine(device, "float32")
+        taught = supervised.main(make(supervised.Config, both | dict(
+            device=device, data="tiny", out=str(tmp_path / device), updates=2, evals=1, batch_size=6, micro_batch=4,
+            valid_limit=5, max_prompt_tokens=16, max_tokens=44), supervised.presets))
+        scores = evaluation.main(evaluation.Config(**few, seeds=2))["scores"]
+        labels = label_probabilities(models(m.device)[0], PROMPTS, [[1], [2, 3]], m)
+        found[device] = [taught["best"]["loss"], *scores["loss"], *scores["reverse_kl"], *scores["forward_kl"],
+                         *exposure.main(exposure.Config(**few, samples=2))["R"], *labels.flatten()]
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-3)
+
+
+@pytest.mark.parametrize("part", bench.PARTS)
+@pytest.mark.parametrize("how", [dict(turns=True), dict(turns=False, capture=True)], ids=str)
+def test_every_part_of_the_benchmark_runs(part, how):
+    ours = bench.Ours(bench.Config(student="1x2x8", teacher="2x2x16", batch=2, rollouts=4, device="cuda", **how),
+                      machine("cuda", "bfloat16", capture=how.get("capture", False)), 3)
+    getattr(ours, part)()
+    assert ours.spent or part == "rouge"

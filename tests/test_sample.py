@@ -1,22 +1,17 @@
 """Sampling: drawn with the right frequencies, ended at the right token, and never dependent on the company it keeps."""
 
 import dataclasses
-import gc
 import json
 import re
-import weakref
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from conftest import random_gpt, refused
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 import data
 import sample as sampling
-from config import Machine
 from model import GPTConfig, PackedLinear, frozen, new
 from sample import inverse_cdf, mix, restrict, sample, turns, uniforms, without_repeats
 
@@ -163,60 +158,6 @@ def test_an_answer_does_not_depend_on_its_company(batch_size, m):
     assert [a[:9] for a in longer.answers] == whole.answers
     assert draw(9, 64).answers == whole.answers  # the same seed, the same text
     assert sample(student, PROMPTS, uniforms(8, range(5), 9), m, teacher, 0.5).answers != whole.answers
-
-
-class Tape(TorchDispatchMode):
-    """Stands in for a CUDA graph: notes the operations on tensors that a function orders, and orders them again, with
-    nothing of Python's between. What would wait for a GPU, or copy a number of the host's to it, is refused."""
-    WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::scalar_tensor",
-             "aten::lift_fresh", "aten::equal", "aten::is_nonzero")
-
-    def __init__(self, function):
-        super().__init__()
-        self.calls, self.ran = [], True  # recorded by running it once
-        with self:
-            function()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function.name().split(".")[0] not in self.WAITS, function.name()
-        result = function(*args, **kwargs or {})
-        self.calls.append((function, args, kwargs or {}, result))
-        return result
-
-    def __call__(self):
-        if self.ran:
-            self.ran = False
-            return
-        now = {}  # a tensor of the recording -> its like in this run
-        again = lambda x: now.get(id(x), x)
-        for function, args, kwargs, result in self.calls:
-            new = function(*tree_map(again, args), **tree_map(again, kwargs))
-            now |= {id(a): b for a, b in zip(tree_leaves(result), tree_leaves(new), strict=True)}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_recorded_step_replayed_is_the_step(monkeypatch, dtype):
-    """Prompts of several lengths, rows that leave, recordings of 128 columns and of more."""
-    m, tapes = Machine(torch.device("cpu"), dtype), []
-    student, teacher = (frozen(gpt, dtype) for gpt in pair(n_positions=200, vocab_size=80, eos_token_id=79))
-    prompts = [prompt * 24 for prompt in PROMPTS]  # of 24 to 120 tokens
-    draw = lambda m: sample(student, prompts, uniforms(0, range(5), 60), m, teacher, 0.3, 5, keep_hidden=True)
-    monkeypatch.setattr(sampling, "record", lambda function: tapes.append(Tape(function)) or tapes[-1])
-    held, keep = [], sampling.KVCache.__init__
-    monkeypatch.setattr(sampling.KVCache, "__init__", lambda self, *a: held.append(weakref.ref(self)) or keep(self, *a))
-    gc.disable()
-    try:
-        plain, recorded = draw(m), draw(dataclasses.replace(m, capture=True))
-        assert len(held) == 4 and not any(cache() for cache in held)  # let go of at once, not when it is convenient
-    finally:
-        gc.enable()
-    assert len(tapes) >= 3  # of 5 rows and of fewer, of 128 columns and of more
-    assert recorded.answers == plain.answers and recorded.ended.equal(plain.ended)
-    for name in ("student_logp", "mixed_logp", "teacher_logp", "reverse_kl"):
-        atol = 1e-5 if dtype == torch.float32 else 0.05
-        torch.testing.assert_close(getattr(recorded, name), getattr(plain, name), atol=atol, rtol=0)
-    mask = plain.response_mask
-    torch.testing.assert_close(recorded.teacher_hidden[mask], plain.teacher_hidden[mask], atol=0.05, rtol=0.02)
 
 
 def test_each_answer_has_its_own_stream():
