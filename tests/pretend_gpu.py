@@ -29,6 +29,10 @@ class OnGPU(Tensor):
         result = super().__torch_function__(function, types, args, kwargs)
         return result.as_subclass(cls) if function == Tensor.grad.__get__ and result is not None else result
 
+    def __reduce_ex__(self, protocol):  # what is saved may be loaded anywhere
+        with torch._C.DisableTorchFunction():
+            return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
     def numpy(self, *args, **settings):
         raise TypeError("a tensor of the GPU has no numpy()")
 

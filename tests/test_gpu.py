@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import math
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import exposure
 import sample as sampling
 import teacher as supervised
 from calibration import label_probabilities
-from config import machine, make
+from config import Stopped, machine, make
 from data import Example, Row
 from model import GPTConfig, frozen, new, trained
 from sample import follow, sample, turns, uniforms
@@ -121,6 +122,27 @@ def test_phase_2_from_end_to_end(distill_config, more):
     """With its plan before, and the final evaluation."""
     rows = distill.main(distill_config(device="cuda", **more))
     assert len(rows) == 3 and all(math.isfinite(row["loss"]) and math.isfinite(row["reverse_kl"]) for row in rows)
+
+
+def test_a_stopped_run_goes_on_from_its_state(distill_config, tmp_path, monkeypatch):
+    """The optimiser's moments return to the GPU, and the scaler's factor."""
+    settings, asked = dict(device="cuda", dtype="float16", steps=8), iter([False, True])
+    with pytest.raises(Stopped):
+        distill.distil(distill_config(**settings), SimpleNamespace(asked=lambda m: next(asked), signum=2))
+    state = torch.load(tmp_path / "run" / "minillm" / "state.pt", map_location="cpu", weights_only=True)
+    load_state, seen = supervised.load_state, []
+
+    def load_and_look(out, cfg, student, optimizer, scaler, m):
+        loaded = load_state(out, cfg, student, optimizer, scaler, m)
+        for number, saved in state["optimizer"]["state"].items():
+            for name, value in optimizer.state_dict()["state"][number].items():
+                assert value.device == m.device and torch.equal(value.cpu(), saved[name])
+                seen.append(name)
+        assert scaler.state_dict() == state["scaler"] != {}
+        return loaded
+
+    monkeypatch.setattr(supervised, "load_state", load_and_look)
+    assert distill.distil(distill_config(**settings, resume=True))["best"] and {"exp_avg", "exp_avg_sq"} < set(seen)
 
 
 def test_an_update_explained(distill_config, capsys):
