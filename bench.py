@@ -435,24 +435,25 @@ def floor(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: fl
     heads = {name: 50257 * shape.n_embd for name, shape in shapes.items()}
     size, B = m.dtype.itemsize, cfg.batch
 
+    def products(name: str, tokens: float, predicted: float) -> float:
+        unread = (tokens - predicted) * 9 * shapes[name].n_embd**2  # the last layer's, behind its attention
+        return 2 * B * (tokens * matrices[name] - unread + predicted * heads[name]) / rate
+
     def read(name: str, tokens: float, predicted: float, held: float = 0.0) -> float:
         cache = 2 * shapes[name].n_layer * shapes[name].n_embd * B * held
         reading = size * (matrices[name] + heads[name] + cache) / bandwidth
-        return max(reading, 2 * B * (tokens * matrices[name] + predicted * heads[name]) / rate)
+        return max(reading, products(name, tokens, predicted))
 
     def decode(name: str, share: float = 1.0) -> float:  # of the tokens, in as many passes
         held = cfg.prompt_tokens + T / 2  # on average, the token that is read among them
         return read(name, cfg.prompt_tokens, 1) + share * (T - 1) * read(name, 1 / share, 1 / share, held)
 
-    def train(name: str, tokens: int, predicted: int) -> float:
-        return 6 * B * (tokens * matrices[name] + predicted * heads[name]) / rate
-
     both = decode(cfg.student, 1 - ALPHA * cfg.turns) + decode(cfg.teacher, ALPHA if cfg.turns else 1.0)
-    update = train(cfg.student, cfg.prompt_tokens + T, T) + train(cfg.student, cfg.pt_tokens, max(0, cfg.pt_tokens - 1))
-    update += 2 * B * T * heads[cfg.teacher] / rate
+    text = products(cfg.student, cfg.pt_tokens, cfg.pt_tokens - 1) if cfg.pt_tokens else 0.0
+    update = 3 * (products(cfg.student, cfg.prompt_tokens + T, T) + text) + 2 * B * T * heads[cfg.teacher] / rate
     return {"sample_q": decode(cfg.student), "sample_p": decode(cfg.teacher), "sample_mixed": both, "update": update,
             "cycle": both + update, "collection": cfg.answers // B * (both + cfg.inner_epochs * update),
-            "sft": train(cfg.student, cfg.sft_tokens, cfg.sft_tokens)}.get(part)
+            "sft": 3 * products(cfg.student, cfg.sft_tokens, cfg.sft_tokens)}.get(part)
 
 
 # ---- command --------------------------------------------------------------------------------------------------------

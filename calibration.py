@@ -111,7 +111,7 @@ def label_probabilities(model: GPT, prompts: Sequence[list[int]], labels: Sequen
             tokens, _, mask = data.pad_right(batch, [labels[group[0]]] * len(batch), m.device)
             answers = [torch.tensor(labels[k] * len(batch), device=m.device) for k in group]  # (N,) each
             with m.autocast():
-                hidden = predicting(model(tokens), [len(prompt) for prompt in batch], mask)  # (N, D)
+                hidden = model(tokens, where=predicting([len(prompt) for prompt in batch], mask))  # (N, D)
                 values = by_chunks(logps, m.vocab_chunk, hidden, *answers)  # (N,) each
             for k, value in zip(group, values):
                 logp[at : at + len(batch), k] = value.double().view(len(batch), -1).sum(1)

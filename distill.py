@@ -343,7 +343,8 @@ def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], advanta
     # these weigh a token by its whole answer, which then is a chunk
     chunk = [len(answer) for answer in answers] if cfg.weight in ("product", "exact") else m.vocab_chunk
     with m.autocast():
-        by_token = (predicting(student(tokens), [len(p) for p in prompts], mask), response[mask], *known)  # (N, D), ...
+        hidden = student(tokens, where=predicting([len(p) for p in prompts], mask))  # (N, D)
+        by_token = (hidden, response[mask], *known)
         values = (learn_by_chunks(terms, chunk, backward, student, *by_token) if backward else
                   by_chunks(partial(terms, student.head()), chunk, *by_token))
     names = ("loss", "loss_single", "loss_long", "weight", "clipped", "gap", "student_logp", "reverse_kl")

@@ -120,7 +120,8 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(D, 4 * D), "c_proj": nn.Linear(4 * D, D)})
         self.gelu = nn.GELU("tanh")
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int,
+                where: tuple | None = None) -> Tensor:
         B, T, D = x.shape
         dropout = self.dropout if self.training else 0.0
         qkv = self.attn["c_attn"](self.ln_1(x)).view(B, T, 3, self.n_head, D // self.n_head)
@@ -131,8 +132,10 @@ class Block(nn.Module):
         with torch.autocast("cpu", enabled=False) if wide else contextlib.nullcontext():
             causal = True if mask is None and T > 1 else False  # a plain bool: torch.compile's T is a symbol
             y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask, dropout, causal)
-        y = self.attn["c_proj"](y.transpose(1, 2).reshape(B, T, D))  # (B, T, D)
-        x = x + F.dropout(y, dropout)
+        y = y.transpose(1, 2).reshape(B, T, D)
+        if where is not None:  # only the last layer's output can go unread
+            x, y = x[where], y[where]  # (N, D) each
+        x = x + F.dropout(self.attn["c_proj"](y), dropout)
         y = self.mlp["c_proj"](self.gelu(self.mlp["c_fc"](self.ln_2(x))))
         return x + F.dropout(y, dropout)
 
@@ -147,9 +150,11 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.frozen_head: Tensor | PackedLinear | None = None
 
-    def forward(self, tokens: Tensor, starts: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, starts: Tensor | None = None, cache: KVCache | None = None,
+                where: tuple | None = None) -> Tensor:
         """The last hidden states, after ln_f: tokens (B, T) int64 -> (B, T, D). `logits` goes on from there, only where
-        logits are needed.
+        logits are needed. With where, an index of (B, T), such as (rows (N,), columns (N,)), the states there, (N, D):
+        most of the last layer is computed for these alone.
 
         starts (B,) counts the padding tokens at the left of each row. Without it rows begin in column 0, and padding at
         their right goes unseen by the tokens before it. With a cache, the tokens follow those that it holds."""
@@ -172,10 +177,11 @@ class GPT(nn.Module):
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, D)
         x = F.dropout(x, self.dropout, self.training)
         for layer, block in enumerate(self.h):
+            read = where if block is self.h[-1] else None
             if self.recompute and torch.is_grad_enabled():  # the backward pass makes it again, from x
-                x = checkpoint(block, x, mask, cache, layer, use_reentrant=False)
+                x = checkpoint(block, x, mask, cache, layer, read, use_reentrant=False)
             else:
-                x = block(x, mask, cache, layer)
+                x = block(x, mask, cache, layer, read)
         if cache is not None:
             cache.length += T
             if cache.position is not None:
@@ -204,14 +210,11 @@ class GPT(nn.Module):
             module.dropout = dropout
 
 
-def predicting(hidden: Tensor, prompt_tokens: list[int], response_mask: Tensor) -> Tensor:
-    """The hidden states from which the response tokens are predicted, row by row without padding.
-
-    hidden (B, S, D) of right-padded rows of prompt and response, response_mask (B, T) -> (N, D)"""
-    first = torch.tensor(prompt_tokens, device=hidden.device)[:, None] - 1  # the prompt's last token predicts y_1
-    columns = first + torch.arange(response_mask.size(1), device=hidden.device)  # (B, T)
-    rows = torch.arange(len(hidden), device=hidden.device)[:, None].expand_as(columns)
-    return hidden[rows[response_mask], columns[response_mask]]
+def predicting(prompt_tokens: list[int], response_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the response tokens are predicted from, row by row without padding: rows (N,) and columns (N,) of
+    right-padded rows of prompt and response. response_mask (B, T)"""
+    rows, t = response_mask.nonzero(as_tuple=True)
+    return rows, torch.tensor(prompt_tokens, device=rows.device)[rows] - 1 + t  # the prompt's last token predicts y_1
 
 
 def by_chunks(function: Callable, chunk: int | list[int], *rows: Tensor) -> tuple[Tensor, ...]:

@@ -190,7 +190,8 @@ class Decoder:
         """The tokens drawn, (b, 1), behind those fed; notes of them what a rollout knows."""
         rows, t, out = self.rows, self.t, self.rollout
         with self.m.autocast():
-            hidden = [model(self.tokens, self.starts if self.padded else None, cache)[:, -1]  # (b, D) each
+            last = (slice(None), -1)
+            hidden = [model(self.tokens, self.starts if self.padded else None, cache, last)  # (b, D) each
                       for model, cache in zip(self.models, self.caches)]
             logp_vocab = [model.logits(h).log_softmax(-1) for model, h in zip(self.models, hidden)]  # (b, V) each
         log_q, log_p = logp_vocab[0], logp_vocab[-1]
@@ -222,7 +223,8 @@ class Decoder:
         model, cache, out, first = self.models[which], self.caches[which], self.rollout, self.noted[which]
         text = torch.cat([self.tokens, out.response[self.rows, :t]], 1)[:, cache.length :]  # (b, n)
         with self.m.autocast():
-            hidden = model(text, self.starts if self.padded else None, cache)[:, first - t - 1 :]  # of y_first to y_t
+            unnoted = (slice(None), slice(first - t - 1, None))  # what y_first to y_t are predicted from
+            hidden = model(text, self.starts if self.padded else None, cache, unnoted)  # (b, n, D)
             for part in hidden.split(max(1, self.m.vocab_chunk // len(text)), 1):
                 logp_vocab, upto = model.logits(part).log_softmax(-1), first + part.size(1)  # (b, n, V)
                 if draws and upto == t + 1:
@@ -355,7 +357,8 @@ def follow(student: GPT, prompts: list[list[int]], answers: list[list[int]], T: 
         lengths, cut = [len(prompt) for prompt in of_rows], mask.size(1)
         with m.autocast():
             # the last token predicts nothing, and there may be no position for it
-            hidden = [predicting(model(tokens[:, :-1]), lengths, mask) for model in (student, teacher)]  # (N, D) each
+            where = predicting(lengths, mask)
+            hidden = [model(tokens[:, :-1], where=where) for model in (student, teacher)]  # (N, D) each
             values = by_chunks(terms, m.vocab_chunk, *hidden, response[mask])  # (N,) each
         rollout.response[rows, :cut], rollout.response_mask[rows, :cut] = response, mask
         for name, value in zip(("student_logp", "teacher_logp", "reverse_kl"), values):

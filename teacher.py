@@ -136,7 +136,7 @@ def answer_loss(model: GPT, batch: Sequence[Example], m: Machine, teacher: GPT |
     (1 - kd_ratio) (-log q(y_t)) + kd_ratio KL[p || q]. `backward`, if given, takes sums of that loss backward, divided
     by the tokens of the whole batch, of which this may be a part; the results have no gradients then."""
     tokens, response, mask = data.pad_right([e.prompt for e in batch], [e.response for e in batch], m.device)
-    prompt_tokens = [len(e.prompt) for e in batch]
+    where = predicting([len(e.prompt) for e in batch], mask)
 
     def terms(head: Tensor, hidden: Tensor, y: Tensor, teacher_hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_q = model.logits(hidden, head).log_softmax(-1)  # (chunk, V)
@@ -147,10 +147,10 @@ def answer_loss(model: GPT, batch: Sequence[Example], m: Machine, teacher: GPT |
         return (1 - kd_ratio) * gold + kd_ratio * (log_p.exp() * (log_p - log_q)).sum(-1), gold
 
     with m.autocast():
-        rows = [predicting(model(tokens), prompt_tokens, mask), response[mask]]  # (N, D), (N,)
+        rows = [model(tokens, where=where), response[mask]]  # (N, D), (N,)
         if teacher is not None:
             with torch.no_grad():
-                rows.append(predicting(teacher(tokens), prompt_tokens, mask))  # (N, D)
+                rows.append(teacher(tokens, where=where))  # (N, D)
         if backward:
             loss, gold = learn_by_chunks(terms, m.vocab_chunk, backward, model, *rows)  # (N,) each
         else:

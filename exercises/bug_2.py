@@ -62,8 +62,8 @@ class Bigram:
     def __init__(self, table: Tensor):
         self.table = table
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        return self.table[tokens]  # (B, S, V)
+    def __call__(self, tokens: Tensor, where: tuple) -> Tensor:
+        return self.table[tokens[where]]  # (N, V)
 
     def head(self) -> None:
         return None

@@ -76,6 +76,8 @@ def test_the_floor_of_a_step_is_its_weights_read_once_or_its_products(m):
     assert by_reading == pytest.approx(3 * (weights + head) + cache)  # 4 bytes each, 3 steps
     by_products = bench.floor(cfg, m, "sample_q", 3, rate=1.0, bandwidth=1e30)
     assert by_products == pytest.approx(3 * 2 * 2 * (weights + head))
+    longer = bench.floor(bench.Config(**SMALL), m, "sample_q", 3, rate=1.0, bandwidth=1e30)  # by 3 tokens of 2 prompts
+    assert longer - by_products == pytest.approx(2 * 3 * 2 * 3 * 8 * 8)  # of which its one layer makes q, k and v
 
 
 def test_the_floor_of_a_collection_is_that_of_its_decoding_and_its_updates(m):

@@ -114,7 +114,25 @@ def test_too_many_tokens_are_refused():
 def test_the_states_that_predict_a_response():
     hidden = torch.arange(12.0).view(2, 6, 1)
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    assert predicting(hidden, [2, 4], mask).squeeze(1).tolist() == [1, 2, 3, 9]
+    assert hidden[predicting([2, 4], mask)].squeeze(1).tolist() == [1, 2, 3, 9]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("where", [predicting([1, 3], torch.ones(2, 2).bool()), (slice(None), -1),
+                                   (slice(None), slice(2, None))], ids=["predicting", "last", "from"])
+def test_only_what_is_read_is_made_in_the_last_layer(where, recompute):
+    """The same states, and the same gradients of all weights, in float64."""
+    tokens, found = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 1]]), []
+    for states in (lambda model: model(tokens)[where], lambda model: model(tokens, where=where)):
+        model, made = random_gpt().double(), []
+        model.recompute = recompute
+        model.h[-1].ln_2.register_forward_hook(lambda layer, given, x, made=made: made.append(x.numel()))
+        hidden = states(model)
+        hidden.sin().sum().backward()
+        found.append((hidden.detach(), made[0] // 8, [p.grad for p in model.parameters()]))
+    (whole, everywhere, grads), (some, read, same) = found
+    torch.testing.assert_close((some, same), (whole, grads), atol=1e-12, rtol=0)
+    assert everywhere == 10 and read == some.numel() // 8 < 10
 
 
 @pytest.mark.parametrize("chunk", [100, 3, [4, 1, 5]])
