@@ -266,12 +266,12 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_more(small, finishe
     """In phase 2 and in a supervised stage: as if the GPU had room for two samples at most."""
     forward, tried = supervised.GPT.forward, set()
 
-    def too_many(model, tokens, *more):
+    def too_many(model, tokens, *more, **settings):
         if torch.is_grad_enabled():
             tried.add(len(tokens))
             if len(tokens) > 2:
                 raise torch.cuda.OutOfMemoryError
-        return forward(model, tokens, *more)
+        return forward(model, tokens, *more, **settings)
 
     monkeypatch.setattr(supervised.GPT, "forward", too_many)
     distill.main(small(baselines=""))
@@ -283,7 +283,11 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_more(small, finishe
         for one, other in zip(*(map(json.loads, log) for log in logs), strict=True):
             for name in one.keys() & {"loss", "loss_single", "loss_long", "loss_pt", "reverse_kl", "grad_norm"}:
                 assert other[name] == pytest.approx(one[name], rel=2e-3, abs=1e-4), (stage, one["step"], name)
-    monkeypatch.setattr(supervised.GPT, "forward", lambda *args: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()))
+
+    def none(*given, **settings):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(supervised.GPT, "forward", none)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         distill.main(small(baselines="", out=str(tmp_path / "none")))
 
