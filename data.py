@@ -74,8 +74,11 @@ HUB_SETS = {
 def load_rows(name: str, split: str) -> list[Row]:
     """The train, valid or test rows of "tiny" (the built-in world), of a set on the hub, or of a .jsonl file.
 
-    A file's validation rows are its first tenth, 1,000 at most; asked for as a test set it is whole.
+    A file's validation rows are its first tenth, 1,000 at most; asked for as "test", or as "all" that it has to train
+    on, it is whole.
     Raises UserError: for a bad row with file, line and fault, and for a set that cannot be had."""
+    if split == "all" and not name.endswith(".jsonl"):
+        split = "train"  # which others are held out of it is fixed
     if name == "tiny":
         return [Row(instruction, input, (answer,)) for instruction, input, answer in world.instructions(split)]
     if name in HUB_SETS:
@@ -90,10 +93,10 @@ def load_rows(name: str, split: str) -> list[Row]:
     if not name.endswith(".jsonl"):
         raise UserError(f"{name} is no instruction set: give tiny, {', '.join(HUB_SETS)}, or a .jsonl file")
     rows = read_rows(Path(name))
-    if split != "test" and len(rows) < 2:
+    if split in ("train", "valid") and len(rows) < 2:
         raise UserError(f"{name}: one row is too few to train on and to validate with")
     held_out = min(1000, -(-len(rows) // 10))
-    return {"train": rows[held_out:], "valid": rows[:held_out], "test": rows}[split]
+    return {"train": rows[held_out:], "valid": rows[:held_out]}.get(split, rows)
 
 
 def read_rows(path: Path, need_output: bool = True) -> list[Row]:

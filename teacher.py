@@ -133,10 +133,10 @@ def schedule(cfg: Config, config: GPTConfig, rows: int) -> tuple[int, int, float
 def answer_loss(model: GPT, batch: Sequence[Example], m: Machine, teacher: GPT | None = None, kd_ratio: float = 0.0,
                 backward: Callable | None = None) -> tuple[Tensor, Tensor]:
     """Sums over the response tokens of a batch, end tokens included: of -log q(y_t), and of the loss to train with,
-    (1 - kd_ratio) (-log q(y_t)) + kd_ratio KL[p || q]. `backward`, if given, takes sums of that loss backward, divided
-    by the tokens of the whole batch, of which this may be a part; the results have no gradients then."""
+    (1 - kd_ratio) (-log q(y_t)) + kd_ratio KL[p || q]. `backward`, if given, takes sums of that loss backward,
+    divided by what the whole batch has, of which this may be a part; the results have no gradients then."""
     tokens, response, mask = data.pad_right([e.prompt for e in batch], [e.response for e in batch], m.device)
-    where = predicting([len(e.prompt) for e in batch], mask)
+    where = predicting([e.prompt for e in batch], mask)
 
     def terms(head: Tensor, hidden: Tensor, y: Tensor, teacher_hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_q = model.logits(hidden, head).log_softmax(-1)  # (chunk, V)
@@ -352,8 +352,10 @@ def train(cfg: Config, stop: Stop) -> dict:
         train, valid = pieces[:split], pieces[split:]
     else:
         lengths = cfg.max_prompt_tokens, cfg.max_tokens
-        train = data.load_examples(cfg.data, "train", tokenizer, *lengths, m.say)
-        valid = data.load_examples(cfg.valid_data or cfg.data, "valid", tokenizer, *lengths, m.say)[: cfg.valid_limit]
+        judged_by = cfg.valid_data or cfg.data
+        split = "train" if judged_by == cfg.data else "all"
+        train = data.load_examples(cfg.data, split, tokenizer, *lengths, m.say)
+        valid = data.load_examples(judged_by, "valid", tokenizer, *lengths, m.say)[: cfg.valid_limit]
     model = new(config, cfg.seed).to(m.device) if is_shape(cfg.model) else load(cfg.model, m.device)
     model = trained(model, cfg.recompute, cfg.compile)
     if cfg.dropout is not None:

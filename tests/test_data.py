@@ -80,8 +80,9 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_splits_of_a_file_of_ones_own(tmp_path):
     name = write_rows(tmp_path / "my.jsonl", *(row(f"{n}.") for n in range(25)))
-    train, valid, test = (load_rows(name, split) for split in ("train", "valid", "test"))
-    assert [r.instruction for r in valid] == ["0.", "1.", "2."] and train == test[3:] and len(test) == 25
+    train, valid, test, whole = (load_rows(name, split) for split in ("train", "valid", "test", "all"))
+    assert [r.instruction for r in valid] == ["0.", "1.", "2."] and train == test[3:]
+    assert whole == test and len(test) == 25 and load_rows("tiny", "all") == load_rows("tiny", "train")
 
 
 def test_dollys_split_is_the_papers(tmp_path, monkeypatch):

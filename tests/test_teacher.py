@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -183,6 +184,17 @@ def test_a_new_model_learns_plain_text(config, tmp_path):
 def test_kd_reports_its_distance_to_the_teacher(config, tiny_models):
     results = supervised.main(config(teacher=tiny_models["teacher"], updates=2, evals=1))
     assert results["best"]["reverse_kl"] > 0
+
+
+def test_answers_that_others_validate_are_all_trained_on(config, tmp_path, capsys):
+    """SeqKD: none of the teacher's answers are held out. Of a set that validates itself a tenth is."""
+    row = {"instruction": "Tell about the cat", "input": "", "output": "Anna saw a cat."}
+    (tmp_path / "answers.jsonl").write_text((json.dumps(row) + "\n") * 20)
+    answers, seen = str(tmp_path / "answers.jsonl"), {}
+    for valid_data in ("tiny", answers, None):
+        supervised.main(config(data=answers, valid_data=valid_data, updates=1, evals=1, out=f"{tmp_path}/{len(seen)}"))
+        seen[valid_data] = int(re.search(rf"data {answers} (all|train): (\d+) rows", capsys.readouterr().out)[2])
+    assert seen == {"tiny": 20, answers: 18, None: 18}
 
 
 def test_settings_that_cannot_work(config, tmp_path, tiny_models):
