@@ -48,9 +48,9 @@ def answer_gradients(student: Tensor, teacher: Tensor, mix_alpha: float = 0.0, w
                      weight_single: bool = True, single_step: bool = True, long_term: bool = True,
                      length_norm: bool = False, return_from: str = "next", gamma: float = 1.0,
                      reward_scale: float = 1.0, reward_clip: float = math.inf, whitening: str = "none",
-                     normalize: str = "sequence", baseline: float = 0.0,
-                     clip_eps: float = math.inf) -> tuple[Tensor, Tensor]:
-    """What distill.py makes of each answer: the probability with which it is sampled (N,), its gradient (N, 7 V)."""
+                     baseline: float = 0.0, clip_eps: float = math.inf) -> tuple[Tensor, Tensor]:
+    """What distill.py makes of each answer: the probability with which it is sampled (N,), its gradient (N, 7 V). Of
+    the answer's tokens the sum, as in the equations: a mean over tokens is that but for a factor."""
     (log_q_vocab, log_q), (log_p_vocab, log_p) = logps(student), logps(teacher)
     mixed = mix(log_q_vocab, log_p_vocab, mix_alpha).gather(-1, RESPONSE[..., None]).squeeze(-1).detach() * MASK
     probability = mixed.sum(1).exp()
@@ -63,14 +63,13 @@ def answer_gradients(student: Tensor, teacher: Tensor, mix_alpha: float = 0.0, w
     single, long, _, _ = minillm_loss(log_q, reverse_kl(log_q_vocab, log_p_vocab), log_q.detach(), mixed, R, MASK,
                                       weight, weight_single, clip_eps)
     losses = (single_step * single + long_term * long).sum(1)  # (N,)
-    if normalize == "token":
-        losses = losses / (probability * MASK.sum(1)).sum()
     gradients = [torch.autograd.grad(loss, student, retain_graph=True)[0].flatten() for loss in losses]
     return probability, torch.stack(gradients)
 
 
 PAPER = dict(mix_alpha=0.2, length_norm=True, clip_eps=0.2)
-RELEASED = {"whitening" if name == "whiten" else name: value for name, value in OFFICIAL.items() if name != "pt_kd"}
+RELEASED = {"whitening" if name == "whiten" else name: value for name, value in OFFICIAL.items()
+            if name not in ("pt_kd", "normalize")}
 ESTIMATORS = {
     "Eq. (2)": dict(single_step=False, return_from="current", baseline=1.0),
     "Eq. (2) without its -1": dict(single_step=False, return_from="current"),
