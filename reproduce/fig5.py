@@ -2,7 +2,8 @@
 
 The paper:      120M taught by 340M, 760M and 1.5B: MiniLLM is ahead of SeqKD with each, and gains with their size.
 The tiny world: teachers of 2 layers, 32, 48 and 96 wide; minutes.
---world=paper:  the two smaller teachers are the released SFT models; a phase 2 and a SeqKD for each. Not run yet.
+--world=paper:  the two smaller teachers are the released SFT models; for each phase 1 anew, as SeqKD begins with GPT-2
+                itself and not with its result, then phase 2 and SeqKD. Not run yet.
 Run:            python reproduce/fig5.py
 """
 
@@ -17,7 +18,7 @@ def commands(world: World):
         return
     for size in ("340M", "760M", "1.5B"):
         teacher = f"MiniLLM/{'teacher' if size == '1.5B' else 'SFT'}-gpt2-{size}"
-        yield world.variant(f"teacher-{size}", f"--teacher={teacher}", "--baselines=seqkd")
+        yield world.variant(f"teacher-{size}", f"--teacher={teacher}", "--student=gpt2", "--baselines=seqkd")
 
 
 if __name__ == "__main__":
