@@ -22,9 +22,11 @@ class OnGPU(Tensor):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if function in (Tensor.__getitem__, Tensor.__setitem__):  # indices may lie on the host
-            tensors = [x for x in (args[0], *args[2:]) if isinstance(x, Tensor)]
-        if function != Tensor.copy_ and any(not isinstance(x, OnGPU) and x.dim() for x in tensors):
+        if function in (Tensor.__getitem__, Tensor.__setitem__):  # indices may lie on the host, but for a recording
+            lists = any(isinstance(x, list) for x in (args[1] if isinstance(args[1], tuple) else args[1:2]))
+            assert not (lists and recording), "a list of indices, which is copied from the host"
+            tensors = tensors if recording else [x for x in (args[0], *args[2:]) if isinstance(x, Tensor)]
+        if (function != Tensor.copy_ or recording) and any(not isinstance(x, OnGPU) and x.dim() for x in tensors):
             raise RuntimeError(f"{function.__name__}: tensors of the GPU and of the host")
         result = super().__torch_function__(function, types, args, kwargs)
         return result.as_subclass(cls) if function == Tensor.grad.__get__ and result is not None else result
@@ -32,6 +34,9 @@ class OnGPU(Tensor):
     def __reduce_ex__(self, protocol):  # what is saved may be loaded anywhere
         with torch._C.DisableTorchFunction():
             return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def tolist(self):
+        return self.cpu().tolist()
 
     def numpy(self, *args, **settings):
         raise TypeError("a tensor of the GPU has no numpy()")

@@ -9,7 +9,9 @@ TESTS = Path(__file__).parent
 REFUSED = ["gpu + host", "host + gpu", "torch.cat([gpu, host])", "host[gpu.long()]",
            "gpu[host.long()] = host", "torch.nn.Linear(3, 3).to('cuda')(host)", "gpu.numpy()", "numpy.array(gpu)",
            "record(lambda: gpu.sum().item())", "record(lambda: gpu[gpu > 0])", "record(lambda: gpu.cpu())",
-           "record(lambda: host.to('cuda'))", "record(lambda: torch.tensor(1, device='cuda'))",
+           "record(lambda: host.to('cuda'))", "record(lambda: gpu.copy_(host))", "record(lambda: gpu.tolist())",
+           "record(lambda: gpu[host.long()])", "record(lambda: gpu[[0, 2]])", "record(lambda: gpu[[0, 2], ...])",
+           "record(lambda: torch.tensor(1, device='cuda'))",
            "torch.empty(2**50, device='cuda')"]
 SCRIPT = """
 import numpy, torch
