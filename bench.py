@@ -21,7 +21,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.connection import Connection
@@ -106,18 +106,6 @@ def draw(count: int, length: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(0, 50256, (count, length)).tolist()
 
 
-def synchronize(m: Machine) -> None:
-    if m.device.type == "cuda":
-        torch.cuda.synchronize(m.device)
-
-
-def seconds(m: Machine, function: Callable) -> float:
-    began = time.perf_counter()
-    function()
-    synchronize(m)
-    return time.perf_counter() - began
-
-
 # ---- ours -----------------------------------------------------------------------------------------------------------
 
 class Ours:
@@ -166,7 +154,7 @@ class Ours:
     def clocked(self, part: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        synchronize(self.m)
+        self.m.synchronize()
         self.spent[part] = self.spent.get(part, 0.0) + time.perf_counter() - began
 
     def decode(self, model: GPT, teacher: GPT | None, answers: int | None = None) -> Rollout:
@@ -423,8 +411,12 @@ def measure_machine(m: Machine) -> tuple[float, float]:
     n = 8192 if m.device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=m.device).to(m.dtype)
     words = torch.zeros(2**31 // 4 if m.device.type == "cuda" else 2**28 // 4, dtype=torch.int32, device=m.device)
-    rate = max(2 * n**3 / seconds(m, lambda: a @ b) for _ in range(20))
-    return rate, max(words.nbytes / seconds(m, lambda: words.max()) for _ in range(20))
+    rate = max(2 * n**3 / m.seconds(lambda: a @ b) for _ in range(20))
+    bandwidth = max(words.nbytes / m.seconds(lambda: words.max()) for _ in range(20))
+    if m.device.type == "cuda":  # 3 GB, which the processes to be timed may want
+        del a, b, words
+        torch.cuda.empty_cache()
+    return rate, bandwidth
 
 
 def floor(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: float) -> float | None:
@@ -453,7 +445,7 @@ def floor(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: fl
     update = 3 * (products(cfg.student, cfg.prompt_tokens + T, T) + text) + 2 * B * T * heads[cfg.teacher] / rate
     return {"sample_q": decode(cfg.student), "sample_p": decode(cfg.teacher), "sample_mixed": both, "update": update,
             "cycle": both + update, "collection": cfg.answers // B * (both + cfg.inner_epochs * update),
-            "sft": 3 * products(cfg.student, cfg.sft_tokens, cfg.sft_tokens)}.get(part)
+            "sft": 3 * products(cfg.student, cfg.sft_tokens, cfg.sft_tokens - 1)}.get(part)
 
 
 # ---- command --------------------------------------------------------------------------------------------------------
@@ -464,7 +456,7 @@ def serve(side: str, part: str, T: int, cfg: Config, m: Machine, pipe: Connectio
     owner = SIDES[side][0](cfg, machine(cfg.device, cfg.dtype, capture=cfg.capture) if side == "ours" else m, T)
     while pipe.recv():
         owner.spent = {}
-        taken = seconds(m, getattr(owner, part))
+        taken = m.seconds(getattr(owner, part))
         pipe.send((taken, owner.spent, m.peak_gib()))
 
 

@@ -104,14 +104,14 @@ def label_probabilities(model: GPT, prompts: Sequence[list[int]], labels: Sequen
     logp = torch.zeros(len(order), len(labels), dtype=torch.float64, device=m.device)  # (B, K)
     together = max(map(len, labels)) == 1  # labels of one token are all read off one pass
     groups = [range(len(labels))] if together else [[k] for k in range(len(labels))]
-    quiet = not progress or m.rank > 0 or None  # None: where it is not seen either
+    quiet = not progress or m.rank > 0 or None  # None: unless a terminal shows it
     for at in tqdm(range(0, len(order), batch_size), progress, leave=False, delay=2, disable=quiet):
         batch = [prompts[i] for i in order[at : at + batch_size]]
         for group in groups:
             tokens, _, mask = data.pad_right(batch, [labels[group[0]]] * len(batch), m.device)
             answers = [torch.tensor(labels[k] * len(batch), device=m.device) for k in group]  # (N,) each
             with m.autocast():
-                hidden = model(tokens, where=predicting([len(prompt) for prompt in batch], mask))  # (N, D)
+                hidden = model(tokens, where=predicting(batch, mask))  # (N, D)
                 values = by_chunks(logps, m.vocab_chunk, hidden, *answers)  # (N,) each
             for k, value in zip(group, values):
                 logp[at : at + len(batch), k] = value.double().view(len(batch), -1).sum(1)

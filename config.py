@@ -21,6 +21,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -233,6 +234,18 @@ class Machine:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+    def synchronize(self) -> None:
+        """Waits for what the device was told to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, function: Callable) -> float:
+        """What a call of the function takes, to the end of what it told the device to do."""
+        began = time.perf_counter()
+        function()
+        self.synchronize()
+        return time.perf_counter() - began
 
     def peak_gib(self) -> float:
         """The most memory held so far: on a GPU by tensors, on a CPU by the process, which Linux alone tells."""

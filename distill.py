@@ -164,10 +164,12 @@ class Config:
     teacher: str = flag("2x4x96", "p: a folder, gpt2 ... gpt2-xl, OWNER/NAME, or LAYERSxHEADSxWIDTH for a new one")
     student: str = flag("1x2x12", "q: likewise")
     data: str = flag("tiny", "instructions, D: tiny, dolly or FILE.jsonl")
-    test_data: str | None = flag(None, "evaluate on this set at the end; default --data, a FILE.jsonl's held-out tenth")
-    corpus: str = flag("tiny-text", "plain text, D_PT: tiny-text, openwebtext, FILE.txt or a folder of them")
+    test_data: str | None = flag(None, "evaluate on this set at the end; default --data, and of a FILE.jsonl the held-"
+                                       "out tenth, by which --select picks as well")
+    corpus: str = flag("tiny-text", "plain text, D_PT: tiny-text, FILE.txt, a folder of them, or openwebtext, of which "
+                                    "that is the first of its 306 MB files; openwebtext:3 is three")
     out: str = flag("out/tiny", "folder of all stages")
-    baselines: str = flag("sft,kd,seqkd", "train these too, of sft, kd and seqkd; empty for none")
+    baselines: str = flag("sft,kd,seqkd", "train these too, from --student on, of sft, kd and seqkd; empty for none")
     finetune_teacher: Literal["auto", "yes", "no"] = flag("auto", "fine-tune p on D first; auto: if new or as released")
     init_student: Literal["auto", "yes", "no"] = flag("auto", "phase 1 of Algorithm 1 first; auto: likewise")
     explain: bool = flag(False, "show the first update of phase 2 token by token, with the equations, and stop")
@@ -185,7 +187,8 @@ class Config:
     mix_alpha: float = flag(0.2, "teacher's share in sampling, alpha of Eq. (4)")
     source: Literal["mixed", "student", "teacher", "gold"] = flag(
         "mixed", "where answers come from: the mixture; q or p alone, which is --mix_alpha=0 or 1; or the references")
-    turns: int = flag(0, "groups of a collection's answers; in each p or q draws a token of all; 0: each from p~")
+    turns: int = flag(0, "groups of a collection's answers; a token of a whole group is drawn by p, with probability "
+                         "alpha, or by q; 0: each token from p~")
     divergence: Literal["reverse", "forward", "js", "skew"] = flag(
         "reverse", "of the single step; another than the paper's goes without the long term, which is reverse KL's")
     single_step: bool = flag(True, "L_Single of Eq. (3); without it the gradient is Eq. (2), whose return holds r_t")
@@ -269,7 +272,7 @@ PAPER = dict(teacher="gpt2-xl", student="gpt2", data="dolly", corpus="openwebtex
 OFFICIAL = dict(gamma=0.95, return_from="current", whiten="all", reward_scale=2.0, reward_clip=100.0,
                 weight_single=False, normalize="token", pt_kd=0.5)
 # The supervised stages of the built-in world. One of very many right answers is the reference there, and Rouge-L with
-# it is chance: the last weights are kept.
+# it is chance: the last weights are kept, and phase 1's of the lowest loss.
 TINY = dict(batch_size=64, log_every=200)
 TINY_TEACHER = TINY | dict(updates=800, lr=6e-3, batch_size=32, select="last", evals=1)
 TINY_INIT = TINY | dict(updates=1000, lr=1.2e-2, evals=4)
@@ -317,33 +320,37 @@ def collect(cfg: Config, collection: int, mine: list[int], instructions: list[da
 
 def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], advantage: Tensor, cfg: Config, m: Machine,
           backward: Callable | None = None) -> dict[str, Tensor]:
-    """Eq. (7) at each token of some rows of a rollout, row by row, (N,) each: the loss, of which `backward` takes sums
-    backward; its two parts; w_t; where the clipping bites; by how much log q(y_t) has changed since it was sampled; it
-    itself, and KL[q || p]. advantage (B, T) is R.
+    """Eq. (7) at each token of some rows of a rollout, row by row, (N,) each: "loss", of which `backward` takes sums
+    backward; "loss_single" and "loss_long", of which it is made; "weight", w_t; "clipped", where the clipping bites;
+    "gap", by how much log q(y_t) has changed since it was sampled; "student_logp", log q(y_t) now; "reverse_kl",
+    KL[q || p]. advantage (B, T) is R.
 
     One pass of the student. The teacher's hidden states were kept, so it costs its output embedding and no layer."""
     prompts, answers = [rollout.prompts[r] for r in rows], [rollout.answers[r] for r in rows]
     tokens, response, mask = data.pad_right(prompts, answers, m.device)  # (b, S), (b, T), (b, T)
+    row, t = mask.nonzero(as_tuple=True)
+    row = torch.tensor(rows, device=m.device)[row]  # of the rollout
     known = (rollout.teacher_hidden, rollout.student_logp, rollout.mixed_logp, advantage)
-    known = [values[rows, : mask.size(1)][mask] for values in known]  # (N, D), then (N,) each
+    known = [values[row, t] for values in known]  # (N, D), then (N,) each
 
     def terms(head: Tensor, hidden: Tensor, y: Tensor, teacher_hidden: Tensor, *of_rollout: Tensor) -> tuple:
         log_q = student.logits(hidden, head).log_softmax(-1)  # (chunk, V)
         log_p = teacher.logits(teacher_hidden).log_softmax(-1)
-        student_logp, apart = taken(log_q, y), divergence(log_q, log_p, cfg.divergence)  # (chunk,) each
+        student_logp, single = taken(log_q, y), divergence(log_q, log_p, cfg.divergence)  # (chunk,) each
         old_logp, mixed_logp, R = (values[None] for values in of_rollout)  # (1, chunk), as if it were one answer
         loss_single, loss_long, weight, clipped = minillm_loss(
-            student_logp[None], apart[None], old_logp, mixed_logp, R, torch.ones_like(R).bool(), cfg.weight,
+            student_logp[None], single[None], old_logp, mixed_logp, R, torch.ones_like(R).bool(), cfg.weight,
             cfg.weight_single, cfg.clip_eps)  # Eq. (7)
-        loss = cfg.single_step * loss_single + cfg.long_term * loss_long
-        kl = apart if cfg.divergence == "reverse" else reverse_kl(log_q.detach(), log_p)
+        loss_single, loss_long = cfg.single_step * loss_single, cfg.long_term * loss_long
+        loss = loss_single + loss_long
+        kl = single if cfg.divergence == "reverse" else reverse_kl(log_q.detach(), log_p)
         gap = (student_logp - old_logp).abs()
         return *(values[0] for values in (loss, loss_single, loss_long, weight, clipped, gap)), student_logp, kl
 
     # these weigh a token by its whole answer, which then is a chunk
     chunk = [len(answer) for answer in answers] if cfg.weight in ("product", "exact") else m.vocab_chunk
     with m.autocast():
-        hidden = student(tokens, where=predicting([len(p) for p in prompts], mask))  # (N, D)
+        hidden = student(tokens, where=predicting(prompts, mask))  # (N, D)
         by_token = (hidden, response[mask], *known)
         values = (learn_by_chunks(terms, chunk, backward, student, *by_token) if backward else
                   by_chunks(partial(terms, student.head()), chunk, *by_token))
@@ -393,6 +400,7 @@ def distil(cfg: Config, stop: Stop | None = None) -> dict:
     valid = data.load_examples(cfg.data, "valid", tokenizer, *limits, m.say)[: cfg.valid_limit]
     corpus = data.load_corpus(cfg.corpus, tokenizer, out.parent / "corpus", m) if cfg.pt_coef else None
     corpus = data.Pieces(corpus, cfg.max_tokens) if cfg.pt_coef else []
+    # load() leaves dropout off, and so it stays: log q is to be that of sampling. The released code does likewise
     student = trained(load(cfg.student, m.device), cfg.recompute, cfg.compile)
     teacher = frozen(load(cfg.teacher, m.device), m.dtype)
     same_vocabulary(student.config, teacher.config)
@@ -448,8 +456,8 @@ def distil(cfg: Config, stop: Stop | None = None) -> dict:
             started, tokens, advantage = time.perf_counter(), sum(lengths[i] for i in batch), torch.zeros_like(R)
             advantage[batch] = whiten(R[batch], mask[batch], cfg.whiten)
             advantage = advantage[mine]
-            # one normaliser for the whole minibatch, however it is split: its tokens, not the M of Algorithm 1. For
-            # answers that is a factor, but under M a piece of D_PT outweighs an answer by being longer
+            # one normaliser for the whole minibatch, however it is split: its tokens, of all processes, not the M of
+            # Algorithm 1, under which a piece of D_PT outweighs an answer by being longer
             by_token = cfg.normalize == "token"
             divisor = tokens if by_token else cfg.minibatch
             pt_divisor = cfg.minibatch * (corpus.length - 1 if by_token and corpus else 1)
@@ -486,14 +494,28 @@ def distil(cfg: Config, stop: Stop | None = None) -> dict:
                 m.say(f"minillm {step}/{cfg.steps}  reverse_kl {line['reverse_kl']:.3f}  reward {line['reward']:.3f}  "
                       f"loss_pt {line['loss_pt']:.3f}  clip {line['clip_fraction']:.3f}  tokens "
                       f"{line['response_tokens']:.1f}  norm {norm:.2f}  left {clock(left)}")
+        rollout = parts = None  # the teacher's states are the largest of a collection: there is one at a time
     return supervised.finish(out, m, {"best": best})
 
 
-COLUMNS = {  # of --explain: the equation of each column, and what it is
-    "log q": ("", "the student's log-probability of the token taken"), "log p": ("", "the teacher's"),
-    "log p~": ("(4)", "the mixture's, from which it was drawn"), "r_t": ("(2)", "log p - log q"),
-    "KL": ("(1)", "KL[q || p] over the vocabulary, or -E[r_t]"), "R_t+1": ("(6)", "the mean of the r that follow"),
-    "w_t": ("(5)", "q / p~"), "L_Single": ("(7)", "w_t KL"), "L_Long": ("(7)", "-min(w_t R, clip(w_t) R)")}
+def columns(cfg: Config) -> dict[str, tuple[str, str]]:
+    """Of --explain: the equation of each column, and what it is under these settings."""
+    now, off = cfg.return_from == "current", ", switched off"
+    r = "log p - log q" + f", times {cfg.reward_scale:g}" * (cfg.reward_scale != 1)
+    r += f", clipped at {cfg.reward_clip:g}" * (cfg.reward_clip < math.inf)
+    R = f"the {'mean' if cfg.length_norm else 'sum'} of {'r_t and ' * now}the r that follow"
+    R += f", discounted by {cfg.gamma:g}" * (cfg.gamma < 1) + ", whitened" * (cfg.whiten != "none")
+    w = {"per_token": "q / p~", "product": "the product of q / p~ up to here", "exact": "the product of q / p~ before",
+         "none": "1: there are no weights"}[cfg.weight]
+    single = "KL" if cfg.divergence == "reverse" else f"{cfg.divergence} divergence"
+    rho = "q / q when it was drawn" if cfg.weight == "none" else "q / p~"
+    long = f"-min(rho R, clip(rho) R), rho = {rho}" + ", and a weight" * ("product" in w)
+    return {"log q": ("", "the student's log-probability of the token taken"), "log p": ("", "the teacher's"),
+            "log p~": ("(4)", "the mixture's, from which it was drawn"), "r_t": ("(2)", r),
+            "KL": ("(1)", "KL[q || p] over the vocabulary, or -E[r_t]"),
+            "R_t" if now else "R_t+1": ("(6)" if cfg.length_norm else "(2)", R), "w_t": ("(5)", w),
+            "L_Single": ("(7)", "w_t " * cfg.weight_single + single + off * (not cfg.single_step)),
+            "L_Long": ("(7)", long + off * (not cfg.long_term))}
 
 
 def explain(cfg: Config) -> None:
@@ -513,21 +535,22 @@ def explain(cfg: Config) -> None:
     with torch.no_grad():
         by_token = score(student, teacher, rollout, [one], R, cfg, m)
     values = (by_token["student_logp"], rollout.teacher_logp[one], rollout.mixed_logp[one], r[one],
-              by_token["reverse_kl"], R[one], by_token["weight"], cfg.single_step * by_token["loss_single"],
-              cfg.long_term * by_token["loss_long"])  # (T,) each
+              by_token["reverse_kl"], R[one], by_token["weight"], by_token["loss_single"],
+              by_token["loss_long"])  # (T,) each
     row = instructions[data.picks(0, cfg.rollouts, len(instructions), cfg.seed)[one]].row
     m.say(f"\n{row.instruction}" + f" | {row.input}" * bool(row.input)
           + f"\n{data.decode(tokenizer, rollout.answers[one])}\n")
-    for first, heads in (("", COLUMNS), ("Eq.", (equation for equation, _ in COLUMNS.values()))):
+    shown = columns(cfg)
+    for first, heads in (("", shown), ("Eq.", (equation for equation, _ in shown.values()))):
         m.say(f"{first:>14}" + "".join(f"{head:>10}" for head in heads))
     for t, token in enumerate(rollout.answers[one]):
         word, clipped = repr(tokenizer.decode([token]))[1:-1], "  clipped" * by_token["clipped"][t]
         m.say(f"{word:>14}" + "".join(f"{value[t].item():10.4f}" for value in values) + clipped)
     tokens = sum(len(rollout.answers[i]) for i in batch)
     divisor = f"{tokens} tokens" if cfg.normalize == "token" else f"{cfg.minibatch} answers"
-    sums = (f"{value.sum().item():.4f}" * (name not in ("R_t+1", "w_t")) for name, value in zip(COLUMNS, values))
+    sums = (f"{value.sum().item():.4f}" * (name[0] not in "Rw") for name, value in zip(shown, values))
     m.say(f"{'sum':>14}" + "".join(f"{text:>10}" for text in sums) + "\n")
-    for name, (_, meaning) in COLUMNS.items():
+    for name, (_, meaning) in shown.items():
         m.say(f"{name:>14}  {meaning}")
     m.say(f"\nAn update divides the sums of both losses over its {cfg.minibatch} answers by their {divisor}, and adds "
           f"{cfg.pt_coef:g} L_PT.")
@@ -629,7 +652,7 @@ def run_stages(cfg: Config) -> list[dict]:
     with Stop("once these answers are learned from") as stop:
         distil(cfg, stop)
 
-    # every model that this run has made, on rows that none has seen
+    # every model that this run has made, on rows that none was trained on
     made = {"teacher": cfg.teacher, "init": cfg.student}
     made |= {name: str(out / name) for name in ("sft", "kd", "seqkd", "minillm")
              if (out / name / "results.json").is_file()}

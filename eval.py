@@ -85,7 +85,7 @@ def held_out_loss(model: GPT, examples: Sequence[Example], m: Machine, batch_siz
         batch = [examples[i] for i in order[at : at + batch_size]]
         tokens, response, mask = data.pad_right([e.prompt for e in batch], [e.response for e in batch], m.device)
         with m.autocast():
-            hidden = model(tokens, where=predicting([len(e.prompt) for e in batch], mask))  # (N, D)
+            hidden = model(tokens, where=predicting([e.prompt for e in batch], mask))  # (N, D)
             (logp,) = by_chunks(logps, m.vocab_chunk, hidden, response[mask])  # (N,)
         total[0] -= logp.double().sum()
         total[1] += len(logp)

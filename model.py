@@ -177,11 +177,11 @@ class GPT(nn.Module):
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, D)
         x = F.dropout(x, self.dropout, self.training)
         for layer, block in enumerate(self.h):
-            read = where if block is self.h[-1] else None
+            given = x, mask, cache, layer, where if layer == len(self.h) - 1 else None
             if self.recompute and torch.is_grad_enabled():  # the backward pass makes it again, from x
-                x = checkpoint(block, x, mask, cache, layer, read, use_reentrant=False)
+                x = checkpoint(block, *given, use_reentrant=False)
             else:
-                x = block(x, mask, cache, layer, read)
+                x = block(*given)
         if cache is not None:
             cache.length += T
             if cache.position is not None:
@@ -210,11 +210,12 @@ class GPT(nn.Module):
             module.dropout = dropout
 
 
-def predicting(prompt_tokens: list[int], response_mask: Tensor) -> tuple[Tensor, Tensor]:
+def predicting(prompts: list[list[int]], response_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Where the response tokens are predicted from, row by row without padding: rows (N,) and columns (N,) of
     right-padded rows of prompt and response. response_mask (B, T)"""
     rows, t = response_mask.nonzero(as_tuple=True)
-    return rows, torch.tensor(prompt_tokens, device=rows.device)[rows] - 1 + t  # the prompt's last token predicts y_1
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=rows.device)
+    return rows, lengths[rows] - 1 + t  # the prompt's last token predicts y_1
 
 
 def by_chunks(function: Callable, chunk: int | list[int], *rows: Tensor) -> tuple[Tensor, ...]:

@@ -8,8 +8,6 @@ Left out: the download; that answers end before they are of full length, so the 
 import gc
 import math
 import os
-import time
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,25 +49,23 @@ class Measured:
         return layers * self.update_layer + self.update_output
 
 
-def measure(config: GPTConfig, m: Machine, rows: int, prompt_tokens: int, answer_tokens: int,
-            sample_batch: int) -> Measured:
+def measure(config: GPTConfig, m: Machine, rows: int, length: int, sample_batch: int) -> Measured:
     """Times training steps on `rows` samples and decoding steps of `sample_batch` rows, at one layer and at two."""
-    lengths = prompt_tokens, answer_tokens
-    one, two = (measure_layers(replace(config, n_layer=layers), m, rows, *lengths, sample_batch) for layers in (1, 2))
+    one, two = (measure_layers(replace(config, n_layer=layers), m, rows, length, sample_batch) for layers in (1, 2))
     layer = [max(b - a, 0.0) for a, b in zip(one, two)]
     rest = [max(2 * a - b, 0.0) for a, b in zip(one, two)]
-    tokens = rows * (prompt_tokens + answer_tokens)
-    return Measured(layer[0] / tokens, rest[0] / (rows * answer_tokens), layer[1] / tokens,
-                    layer[2] / (prompt_tokens + answer_tokens), layer[3], rest[3], layer[4], rest[4])
+    tokens = rows * length
+    return Measured(layer[0] / tokens, rest[0] / (rows * (length - 1)), layer[1] / tokens, layer[2] / length, layer[3],
+                    rest[3], layer[4], rest[4])
 
 
-def measure_layers(config: GPTConfig, m: Machine, rows: int, prompt_tokens: int, answer_tokens: int,
-                   sample_batch: int) -> list[float]:
+def measure_layers(config: GPTConfig, m: Machine, rows: int, length: int, sample_batch: int) -> list[float]:
     """Seconds of forward and backward, of forward alone, bytes of one sample's activations, seconds of a decoding step
-    and of AdamW."""
+    and of AdamW. All but the first token are predicted: what a last layer saves behind a prompt would look like time
+    that the output does not take."""
     draw = lambda count: np.random.default_rng(0).integers(0, config.vocab_size, count).tolist()
-    batch = [Example(Row(""), draw(prompt_tokens), draw(answer_tokens))] * rows
-    text = torch.tensor([draw(prompt_tokens + answer_tokens)] * rows, device=m.device)
+    batch = [Example(Row(""), draw(1), draw(length - 1))] * rows
+    text = torch.tensor([draw(length)] * rows, device=m.device)
     model = trained(GPT(config).to(m.device), recompute=False, compile=False)
     light, (optimizer, scaler) = frozen(model, m.dtype), supervised.optimizer_of(model, m, (0.9, 0.95), 0.0)
     alone, steps = replace(m, rank=0, world=1, capture=False), 4
@@ -83,8 +79,7 @@ def measure_layers(config: GPTConfig, m: Machine, rows: int, prompt_tokens: int,
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), m.autocast():
-            hidden = model(data.pad_right([e.prompt for e in batch], [e.response for e in batch], m.device)[0])
-        del hidden
+            model(data.pad_right([e.prompt for e in batch], [e.response for e in batch], m.device)[0])
         return sum(storages.values())
 
     def train() -> None:
@@ -97,22 +92,11 @@ def measure_layers(config: GPTConfig, m: Machine, rows: int, prompt_tokens: int,
 
     decode = lambda length: sample(light, [draw(8)] * sample_batch, uniforms(0, range(sample_batch), length), alone,
                                    batch_size=sample_batch)
-    prefill = seconds(m, lambda: decode(1))
-    return [seconds(m, train), seconds(m, forward), kept([*batch, batch[0]]) - kept(batch),  # weights cancel
-            (seconds(m, lambda: decode(1 + steps)) - prefill) / steps,
-            seconds(m, lambda: supervised.apply_update(model, optimizer, scaler, alone, 0.0, 1.0))]
-
-
-def seconds(m: Machine, function: Callable) -> float:
-    """The shorter of two runs."""
-    times = []
-    for _ in range(2):
-        began = time.perf_counter()
-        function()
-        if m.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return min(times)
+    seconds = lambda function: min(m.seconds(function) for _ in range(2))
+    prefill = seconds(lambda: decode(1))
+    return [seconds(train), seconds(forward), kept([*batch, batch[0]]) - kept(batch),  # weights cancel
+            (seconds(lambda: decode(1 + steps)) - prefill) / steps,
+            seconds(lambda: supervised.apply_update(model, optimizer, scaler, alone, 0.0, 1.0))]
 
 
 def free_memory(m: Machine) -> int:
@@ -210,11 +194,10 @@ class Draft:
     def shape(self, name: str) -> tuple[GPTConfig, Measured]:
         config, cfg = self.config(name), self.cfg
         slow = self.m.device.type == "cpu" and config.n_embd > 256
-        rows, lengths = min(cfg.micro_batch, 2) if slow else cfg.micro_batch, (self.tokens, self.answer_tokens)
+        rows = min(cfg.micro_batch, 2) if slow else cfg.micro_batch
         while config.n_embd not in self.costs:
             try:
-                self.costs[config.n_embd] = measure(config, self.m, rows, round(lengths[0] - lengths[1]),
-                                                    round(lengths[1]), cfg.sample_batch)
+                self.costs[config.n_embd] = measure(config, self.m, rows, max(2, round(self.tokens)), cfg.sample_batch)
             except torch.cuda.OutOfMemoryError:  # so will the run do
                 if rows == 1:
                     raise

@@ -42,7 +42,7 @@ def mix(student_logp_vocab: Tensor, teacher_logp_vocab: Tensor, mix_alpha: float
 def restrict(logp_vocab: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """log-probabilities (b, V) sharpened by a temperature, cut to the top_k tokens, then to the fewest that hold top_p.
 
-    For people who read samples. A rollout is drawn from exactly what is scored."""
+    For people who read samples. A rollout to learn from is never restricted."""
     if temperature == 1 and not top_k and top_p == 1:
         return logp_vocab
     logp_vocab = (logp_vocab / temperature).log_softmax(-1)
@@ -116,7 +116,7 @@ class Rollout:
     student_logp: Tensor  # (B, T) log q(y_t)
     mixed_logp: Tensor  # (B, T) log-probability under what y_t was drawn from: p~, Eq. (4), restricted if asked for
     teacher_logp: Tensor | None = None  # (B, T) log p(y_t)
-    reverse_kl: Tensor | None = None  # (B, T) KL[q || p] over the vocabulary at each position; not known by turns
+    reverse_kl: Tensor | None = None  # (B, T) KL[q || p] over the vocabulary at each position; known to follow() alone
     teacher_hidden: Tensor | None = None  # (B, T, D) the teacher's last hidden state, from which it predicts y_t
 
     @cached_property
@@ -190,8 +190,7 @@ class Decoder:
         """The tokens drawn, (b, 1), behind those fed; notes of them what a rollout knows."""
         rows, t, out = self.rows, self.t, self.rollout
         with self.m.autocast():
-            last = (slice(None), -1)
-            hidden = [model(self.tokens, self.starts if self.padded else None, cache, last)  # (b, D) each
+            hidden = [model(self.tokens, self.starts if self.padded else None, cache, np.s_[:, -1])  # (b, D) each
                       for model, cache in zip(self.models, self.caches)]
             logp_vocab = [model.logits(h).log_softmax(-1) for model, h in zip(self.models, hidden)]  # (b, V) each
         log_q, log_p = logp_vocab[0], logp_vocab[-1]
@@ -203,7 +202,6 @@ class Decoder:
         out.student_logp[rows, t], out.mixed_logp[rows, t] = taken(log_q, token), taken(drawn_from, token)
         if out.teacher_logp is not None:
             out.teacher_logp[rows, t] = taken(log_p, token)
-            out.reverse_kl[rows, t] = (log_q.exp() * (log_q - log_p)).sum(-1)
         if out.teacher_hidden is not None:
             out.teacher_hidden[rows, t] = hidden[1].to(self.m.dtype)
         self.t.add_(1)
@@ -223,7 +221,7 @@ class Decoder:
         model, cache, out, first = self.models[which], self.caches[which], self.rollout, self.noted[which]
         text = torch.cat([self.tokens, out.response[self.rows, :t]], 1)[:, cache.length :]  # (b, n)
         with self.m.autocast():
-            unnoted = (slice(None), slice(first - t - 1, None))  # what y_first to y_t are predicted from
+            unnoted = np.s_[:, first - t - 1 :]  # what y_first to y_t are predicted from
             hidden = model(text, self.starts if self.padded else None, cache, unnoted)  # (b, n, D)
             for part in hidden.split(max(1, self.m.vocab_chunk // len(text)), 1):
                 logp_vocab, upto = model.logits(part).log_softmax(-1), first + part.size(1)  # (b, n, V)
@@ -282,7 +280,7 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
     rollout = Rollout(prompts, response=new(T, dtype=torch.int64), response_mask=new(T, dtype=torch.bool),
                       ended=new(dtype=torch.bool), student_logp=new(T), mixed_logp=new(T))
     if teacher:
-        rollout.teacher_logp, rollout.reverse_kl = new(T), new(T) if turn is None else None
+        rollout.teacher_logp = new(T)
     if teacher and keep_hidden:
         rollout.teacher_hidden = new(T, teacher.config.n_embd, dtype=m.dtype)
     draw_from = lambda log_q, log_p: restrict(mix(log_q, log_p, mix_alpha), temperature, top_k, top_p)
@@ -291,7 +289,7 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
     together = [()] * B if turn is None else turn.tolist()  # rows in which this is equal may be decoded together
     order = sorted(range(B), key=lambda row: (together[row], -len(prompts[row])))  # longest first
     bar = tqdm(total=B, desc=progress, unit=" answers", leave=False, delay=2,
-               disable=not progress or m.rank > 0 or None)  # None: where it is not seen either
+               disable=not progress or m.rank > 0 or None)  # None: unless a terminal shows it
     while order:
         batch, fits = [row for row in order[:batch_size] if together[row] == together[order[0]]], True
         try:
@@ -322,7 +320,7 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
     rollout.response_mask = torch.arange(T, device=device) < length[:, None]  # (B, T)
     if turn is not None:
         rollout.mixed_logp = mix(rollout.student_logp, rollout.teacher_logp, mix_alpha)
-    for name in ("response", "student_logp", "mixed_logp", "teacher_logp", "reverse_kl"):
+    for name in ("response", "student_logp", "mixed_logp", "teacher_logp"):
         if getattr(rollout, name) is not None:  # a row that has ended writes on until it leaves
             getattr(rollout, name).masked_fill_(~rollout.response_mask, 0)
     if rollout.mixed_logp.isnan().any():
@@ -335,7 +333,8 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
 def follow(student: GPT, prompts: list[list[int]], answers: list[list[int]], T: int, m: Machine, teacher: GPT,
            batch_size: int = 16, keep_hidden: bool = False) -> Rollout:
     """A rollout of answers that are there already, references or another rollout's, cut to T tokens: what sample()
-    would know if it had drawn them from q, by one pass of each model. Pass `frozen` models."""
+    would know if it had drawn them from q, and KL[q || p], by one pass of each model; of models exchanged it is
+    KL[p || q]. Pass `frozen` models."""
     B, answers, end = len(prompts), [answer[:T] for answer in answers], student.config.eos_token_id
     new = lambda *shape, dtype=torch.float32: torch.zeros(B, *shape, dtype=dtype, device=m.device)
     ended = torch.tensor([answer[-1:] == [end] for answer in answers], dtype=torch.bool, device=m.device)
@@ -354,18 +353,18 @@ def follow(student: GPT, prompts: list[list[int]], answers: list[list[int]], T: 
         rows = order[at : at + batch_size]
         of_rows = [prompts[row] for row in rows]
         tokens, response, mask = data.pad_right(of_rows, [answers[row] for row in rows], m.device)
-        lengths, cut = [len(prompt) for prompt in of_rows], mask.size(1)
+        row, t = mask.nonzero(as_tuple=True)
+        place = torch.tensor(rows, device=m.device)[row], t  # of each response token in the rollout
         with m.autocast():
             # the last token predicts nothing, and there may be no position for it
-            where = predicting(lengths, mask)
+            where = predicting(of_rows, mask)
             hidden = [model(tokens[:, :-1], where=where) for model in (student, teacher)]  # (N, D) each
             values = by_chunks(terms, m.vocab_chunk, *hidden, response[mask])  # (N,) each
-        rollout.response[rows, :cut], rollout.response_mask[rows, :cut] = response, mask
+        rollout.response[place], rollout.response_mask[place] = response[mask], True
         for name, value in zip(("student_logp", "teacher_logp", "reverse_kl"), values):
-            getattr(rollout, name)[rows, :cut] = torch.zeros(mask.shape, device=m.device).masked_scatter(mask, value)
+            getattr(rollout, name)[place] = value
         if keep_hidden:
-            place, position = mask.nonzero(as_tuple=True)
-            rollout.teacher_hidden[torch.tensor(rows, device=m.device)[place], position] = hidden[1].to(m.dtype)
+            rollout.teacher_hidden[place] = hidden[1].to(m.dtype)
     rollout.mixed_logp = rollout.student_logp
     return rollout
 

@@ -114,11 +114,11 @@ def test_too_many_tokens_are_refused():
 def test_the_states_that_predict_a_response():
     hidden = torch.arange(12.0).view(2, 6, 1)
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    assert hidden[predicting([2, 4], mask)].squeeze(1).tolist() == [1, 2, 3, 9]
+    assert hidden[predicting([[0] * 2, [0] * 4], mask)].squeeze(1).tolist() == [1, 2, 3, 9]
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("where", [predicting([1, 3], torch.ones(2, 2).bool()), (slice(None), -1),
+@pytest.mark.parametrize("where", [predicting([[1], [2, 3, 4]], torch.ones(2, 2).bool()), (slice(None), -1),
                                    (slice(None), slice(2, None))], ids=["predicting", "last", "from"])
 def test_only_what_is_read_is_made_in_the_last_layer(where, recompute):
     """The same states, and the same gradients of all weights, in float64."""

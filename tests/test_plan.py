@@ -24,10 +24,20 @@ def test_a_cost_grows_with_layers_samples_and_tokens():
     assert COST.step(4) == 4 * 0.1 + 0.2 and COST.update(4) == 4 * 0.3 + 0.4
 
 
-def test_what_is_measured_is_not_negative_and_activations_are_those_of_a_layer(m):
-    config = GPTConfig(2, 2, 16, 50, 64)
-    cost = measure(config, m, rows=4, prompt_tokens=8, answer_tokens=24, sample_batch=4)
-    assert min(vars(cost).values()) >= 0 and cost.layer_bytes > 0
+def test_a_layer_is_told_from_the_rest_by_one_more(m, monkeypatch):
+    layers = lambda config, *settings: [n * config.n_layer + n / 2 for n in (1.0, 2.0, 3.0, 4.0, 5.0)]
+    monkeypatch.setattr(plan, "measure_layers", layers)
+    cost = measure(GPTConfig(7, 2, 16, 50, 64), m, rows=4, length=5, sample_batch=4)
+    assert cost == Measured(layer=1 / 20, output=0.5 / 16, layer_forward=2 / 20, layer_bytes=3 / 5, step_layer=4.0,
+                            step_output=2.0, update_layer=5.0, update_output=2.5)
+
+
+def test_what_is_measured_predicts_all_it_can_and_activations_are_those_of_a_layer(m, monkeypatch):
+    timed, answer_loss = [], plan.supervised.answer_loss
+    monkeypatch.setattr(plan.supervised, "answer_loss",
+                        lambda model, batch, *more, **by: timed.extend(batch) or answer_loss(model, batch, *more, **by))
+    cost = measure(GPTConfig(2, 2, 16, 50, 64), m, rows=4, length=32, sample_batch=4)
+    assert {(len(e.prompt), len(e.response)) for e in timed} == {(1, 31)}
     # float32 kept for the backward pass of a layer: of width D at least the inputs of its 2 norms and 4 matrices
     # (D, D, D, D, D, 4D) and q, k, v; at most a score for each of 32 tokens and 2 heads besides
     assert 4 * (5 + 4 + 3) * 16 <= cost.layer_bytes <= 4 * (40 * 16 + 2 * 32)
@@ -43,7 +53,7 @@ def test_recomputed_layers_leave_their_inputs_and_one_layer_s_activations(m):
 def test_activations_are_counted_by_the_token_and_weights_are_not(dtype):
     """Autocast's copies of the matrices are saved for the backward pass too, but are as large for one token."""
     m, config = Machine(torch.device("cpu"), dtype), GPTConfig(2, 2, 128, 50, 300, resid_pdrop=0.0)
-    short, long = (measure(config, m, 2, 8, answer_tokens, 2).layer_bytes for answer_tokens in (24, 248))
+    short, long = (measure(config, m, 2, length, 2).layer_bytes for length in (32, 256))
     assert short == pytest.approx(long, rel=0.1)
 
 
