@@ -316,6 +316,19 @@ def comparison(trainings: list[Found], evaluations: list[Found]) -> list[Table]:
     return tables
 
 
+def exposure_table(items: list[Found]) -> list[Table]:
+    longest = max((len(item.content["ex_acc_err"]) for item in items), default=0)
+    lengths = [l for l in (1, 5, 10, 25, 50, 100, 200) if l <= longest]
+    rows = []
+    for label, group in grouped(items).items():
+        curves = [item.content["ex_acc_err"] for item in group]
+        at = lambda l, curves=curves: spread([[c[l - 1]] for c in curves if l <= len(c) and c[l - 1] is not None])
+        rows.append([label, str(len(group)), *(shown(at(l), len(group), 1) for l in lengths)])
+    about = ("Figure 6: ExAccErr(l) in percent, the excess error accumulated over the first l tokens of a model's own "
+             "answers.")
+    return [Table("Exposure bias", about, ["model", "runs", *(f"l = {l}" for l in lengths)], rows)] if rows else []
+
+
 def calibration_table(items: list[Found]) -> list[Table]:
     rows = []
     for label, group in grouped(items).items():
@@ -612,7 +625,7 @@ def main(cfg: Config) -> None:
     kinds = ("evaluation", "training", "exposure", "calibration", "judge")
     evaluations, trainings, exposures, calibrations, judged = ([f for f in found if f.kind == kind] for kind in kinds)
     tables = [*summary_table(evaluations), *result_tables(evaluations), *comparison(trainings, evaluations),
-              *calibration_table(calibrations), *judge_table(judged)]
+              *exposure_table(exposures), *calibration_table(calibrations), *judge_table(judged)]
     figures = [*sweep_figure(trainings, evaluations), *training_figure(trainings, cfg.smooth),
                *exposure_figure(exposures), *length_figure(evaluations), *reliability_figure(calibrations)]
     body = "".join(part.html() for part in (*tables, *figures)) + answers_page(evaluations, cfg.prompts)

@@ -168,7 +168,7 @@ def test_a_run_and_its_exposure_bias(distill_config, tmp_path, capsys):
     settings = dict(limit=3, samples=2, max_response_tokens=6, device="cpu", dtype="float32", teacher=cfg.teacher)
     exposure.main(exposure.Config(f"{cfg.out}/minillm", out=f"{cfg.out}/exposure", **settings))
     report.main(report.Config((cfg.out,), out=str(tmp_path / "report")))
-    assert "1 tables, 2 figures" in capsys.readouterr().out
+    assert "2 tables, 2 figures" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.md", "training.png",
                                                                       "exposure.png"}
 
@@ -265,8 +265,13 @@ def test_exposure_bias_is_drawn_with_its_band(tmp_path):
     exposed(tmp_path / "2", "out/seed-2/m", [0.0, 30.0])
     (figure,) = report.exposure_figure(find([str(tmp_path)]))
     assert [values.tolist() for values in figure.panels[""]["m"]] == [[1, 2, 3], [0, 20, 20], [0, 10, 20], [0, 30, 20]]
+    (table,) = report.exposure_table(find([str(tmp_path)]))
+    assert (table.header, table.rows) == (["model", "runs", "l = 1"], [["m", "2", "0.0 ± 0.0"]])
+    exposed(tmp_path / "4", "out/seed-2/n", [1.0, 2.0, 3.0, 4.0, 7.0])
+    (table,) = report.exposure_table(find([str(tmp_path)]))
+    assert table.header[2:] == ["l = 1", "l = 5"] and ["m", "2", "0.0 ± 0.0", ""] in table.rows
     exposed(tmp_path / "3", "out/seed-1/m", [0.0, 5.0], teacher="another")
-    assert {item.name for item in find([str(tmp_path)])} == {"m (teacher=t)", "m (teacher=another)"}
+    assert {item.name for item in find([str(tmp_path)])} == {"m (teacher=t)", "m (teacher=another)", "n"}
 
 
 def test_bars_are_less_the_sft_of_the_same_size(tmp_path):
