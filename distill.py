@@ -1,7 +1,7 @@
 """MiniLLM: a student q learns from a teacher p by reverse KL and policy gradient.
 
 Paper:    arXiv 2306.08543v4, Section 2: Eqs. (1) to (7), but for (4), which is sample.py's; and Algorithm 1, which is
-          distil() below, its phase 1 in teacher.py. Where the paper is not followed to the letter a line says "not".
+          distil() below, its phase 1 in teacher.py. Where the paper is not followed to the letter a comment says "not".
 Run:      python distill.py                           the built-in world: no network, no GPU, about two minutes
           python distill.py --teacher=gpt2-xl         the paper's world, every stage, beginning with the released GPT-2
           python distill.py --teacher=MiniLLM/teacher-gpt2-1.5B --student=MiniLLM/init-gpt2-120M       phase 2 alone
@@ -94,7 +94,8 @@ def future_reward(reward: Tensor, response_mask: Tensor, gamma: float = 1.0, len
 
 def importance_weights(student_logp: Tensor, mixed_logp: Tensor, response_mask: Tensor,
                        kind: str) -> tuple[Tensor, Tensor]:
-    """Weights of tokens drawn from p~ instead of q: on the single step, and on the long term besides its ratio. (B, T)
+    """For tokens drawn from p~ instead of q, the weight of L_Single, and that of L_Long beside the ratio q / p~ at t,
+    which long_term_loss has in itself. (B, T) each.
 
     per_token: w_t = q(y_t) / p~(y_t), by which the paper replaces the product, to tame its variance; biased.
     product: prod_{t'<=t}, Eq. (5) as printed. Exact for the single step; biased for the long term, as R_{t+1} is made
@@ -408,7 +409,7 @@ def distil(cfg: Config, stop: Stop | None = None) -> dict:
     step, best = supervised.load_state(out, cfg, student, optimizer, scaler, m)
     answer_tokens = cfg.max_tokens - cfg.max_prompt_tokens
     mine = [i for i in range(cfg.rollouts) if i % cfg.minibatch % m.world == m.rank]  # the answers of this process
-    place = {i: n for n, i in enumerate(mine)}
+    place = {i: n for n, i in enumerate(mine)}  # which row of its rollout they are
     began, first, validated = time.perf_counter(), step, step if best else -1  # a state is saved once it is validated
     micro_batch = cfg.micro_batch  # less once memory did not suffice
 

@@ -102,8 +102,8 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
     Of an answer: rouge_l and exact_match, in percent; tokens; ended, 100 if it reached the end token; with a teacher
     reverse_kl in nats, the exact KL[q || p] at each position that the answer visits, summed; if `forward` also
     forward_kl, KL[p || q] along an answer of p; in the built-in world valid, 100 if it is right. Of all answers of a
-    seed: dist_4. Of all answers to a prompt, over all seeds: dist_4_prompt, the mean of their dist_4 over prompts, but
-    for those without any 4-gram; in the built-in world distinct, the percentage left without repetitions."""
+    seed: dist_4. Of the answers of all seeds to one prompt: dist_4_prompt, their dist_4, its mean over the prompts that
+    have any 4-gram; in the built-in world distinct, the percentage left without repetitions."""
     model, answers, in_world, longest = frozen(model, m.dtype), [], tokenizer.name == "words", max_response_tokens
     mine = range(m.rank, len(examples), m.world)
     prompts = [examples[i].prompt for i in mine]

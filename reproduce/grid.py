@@ -1,10 +1,10 @@
 """Which divergence, and whose answers: the single-step term alone, for all sixteen pairs. Asked for by the reviewers.
 
-On-policy forward KL is forward on student; GKD is js on student (its lambda = 1), ImitKD forward on the references;
-MiniLLM without its long term is reverse on mixed. No pair has the long term, and references need no weights; else the
-pairs differ in nothing.
+On-policy forward KL is forward on student; GKD is js on student (its lambda = 1); word-level KD is forward on gold, the
+references; MiniLLM without its long term is reverse on mixed. No pair has the long term, and references need no
+weights; else the pairs differ in nothing.
 
-The tiny world: 16 runs a seed; an hour and a half on two cores.
+The tiny world: 16 runs a seed; an hour on two cores.
 --world=paper:  16 times phase 2. Not run yet.
 Run:            python reproduce/grid.py
 """
