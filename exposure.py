@@ -30,6 +30,7 @@ def errors(student: GPT, teacher: GPT, prompts: Sequence[list[int]], samples: in
     mine = list(range(m.rank, len(prompts), m.world))
     mine_prompts = [prompts[i] for i in mine]
     for n in range(samples):
+        # the same draws for q and p: what differs between their answers is not chance
         uniform = uniforms(seed, [n * len(prompts) + i for i in mine], T)
         for at, speaker, whose in ((0, student, "student"), (2, teacher, "teacher")):
             rollout = sample(speaker, mine_prompts, uniform, m, batch_size=batch_size,
