@@ -5,14 +5,15 @@ Paper:    arXiv 2306.08543v4, Section 2.1: q(y|x) is the product of q(y_t | y_<t
 Task:     solve(logits, tokens, prompt_tokens, response_mask) gives log q(y_t | y_<t, x) of each response token, and 0
           outside response_mask. A row of tokens is a prompt, its response, and padding up to the common length S; the
           prompts differ in length. The logits at a position are those of the NEXT token. The padding may hold
-          anything, and so may the prompt; go by response_mask, which is true through the end token, inclusive.
+          anything, and so may the prompt; go by response_mask, which is true up to and including the end token.
+          Gradients flow through: in a message value 1 is the answer, value 2 the gradient of its sum by logits.
 Allowed:  torch, and no loop over rows or positions.
 In words: an implementation masks with tokens != end_token. What does the student no longer learn?
 Run:      python exercises/01_log_prob.py           then --hint, then --hint=2
 """
 
 import torch
-from checker import Exercise, run
+from checker import Exercise, run, with_gradient
 from torch import Tensor
 
 END, V = 0, 7  # the end token, with which rows are padded too, as GPT-2's are; and the vocabulary
@@ -75,7 +76,7 @@ def mistaken(logits: Tensor, tokens: Tensor, prompt_tokens: list[int], response_
 SLIPS = {
     "off by one: the logits at a position are of the next token, so y_t is predicted one position before its own":
         lambda z, y, n, m: mistaken(z, y, n, m, at=0),
-    "the prompt is not passed over: these are the row's first T predictions, but y_1 comes after prompt_tokens":
+    "the prompt is not skipped: these are the row's first T predictions, but y_1 comes after prompt_tokens":
         lambda z, y, n, m: mistaken(z, y, [1] * len(n), m),
     "these are the row's last T tokens: rows are padded on the right, and each response begins after its own prompt":
         lambda z, y, n, m: mistaken(z, y, [max(n)] * len(n), m),
@@ -86,12 +87,16 @@ SLIPS = {
     "these are probabilities; take their logarithm": lambda z, y, n, m: mistaken(z, y, n, m, take=lambda q: q),
     "softmax runs over the positions; it has to run over the vocabulary, the last axis":
         lambda z, y, n, m: mistaken(z, y, n, m, axis=1),
+    "no gradient flows through this to logits: nothing could be trained with it":
+        lambda z, y, n, m: spec(z, y, n, m).detach(),
 }
+SLIPS = {words: with_gradient(slip) for words, slip in SLIPS.items()}
+checked = with_gradient
 HINTS = ("Where in its row does y_t stand? For all rows and t at once that is a table of positions (B, T), made of "
          "prompt_tokens as a column and torch.arange(T) as a row.",
          "Normalise with log_softmax, then index with two tables, rows (B, 1) and positions (B, T): once into the "
          "tokens, and once, a position earlier, into the log-probabilities. Mask last.")
-EXERCISE = Exercise(solve, spec, cases, SLIPS, HINTS)
+EXERCISE = Exercise(checked(solve), checked(spec), cases, SLIPS, HINTS)
 
 if __name__ == "__main__":
     run(EXERCISE)

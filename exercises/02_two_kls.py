@@ -3,7 +3,8 @@
 Paper:    arXiv 2306.08543v4, Section 2.1 and Figure 2: one Gaussian q is fitted to a mixture p of two. Eq. (1) takes
           the reverse KL[q||p] = sum of q log(q/p); supervised distillation the forward KL[p||q] = sum of p log(p/q).
 Task:     solve(q_logits, p) gives both, KL[p||q] first and KL[q||p] second. q is the softmax of q_logits, which may lie
-          far apart; p is given as probabilities, none of them 0, though some may be close. Gradients flow through.
+          far apart; p is given as probabilities, none of them 0, though some may be close. Gradients flow through: in a
+          message value 1 is the two KLs, value 2 the gradient of each by q_logits.
 Allowed:  torch, and no loop.
 In words: where p is 0 and q is not, one of the two is infinite. Which, and what does it teach q? And the other way
           round: what does the other teach a q that is too small to do all that p does?
@@ -83,6 +84,8 @@ SLIPS = {
 HINTS = ("Make log q and log p first. Each KL is then one line: weights, times a difference of logarithms, summed.",
          "log_softmax gives log q, also where softmax gives 0, whose logarithm is no number. The weights are those of "
          "the distribution named first: KL[p||q] has p, KL[q||p] has q.")
+SLIPS |= {"the q that weighs KL[q||p] is detached; its gradient flows through the weights too":
+          lambda z, p: (spec(z, p)[0], (z.detach().softmax(0) * (z.log_softmax(0) - p.log())).sum())}
 SLIPS |= {"no gradient flows through these to q_logits: nothing could be trained with them":
           lambda z, p: tuple(kl.detach() for kl in spec(z, p))}
 SLIPS = {words: checked(slip) for words, slip in SLIPS.items()}

@@ -4,6 +4,8 @@ Paper:    arXiv 2306.08543v4, Section 2.2, Eq. (3): Eq. (2) is split in two, and
           -grad E_{y_t ~ q}[r_t], is summed over the vocabulary. r_t = log p(y_t | y_<t, x) - log q(y_t | y_<t, x).
 Task:     solve(student_logp_vocab, teacher_logp_vocab, response_mask) gives -E_{y_t ~ q}[r_t] at each position, and 0
           in the padding. Both are log-probabilities of all tokens, normalised; in the padding they are anything finite.
+          Gradients flow through: in a message value 1 is the answer, value 2 the gradient of its sum by the first
+          argument.
 Allowed:  torch, and no loop.
 In words: Eqs. (2) and (3) have the same expectation. --variance prints how far one answer's estimate strays from it,
           by either. Where does the difference come from, and why is something left?
@@ -14,7 +16,7 @@ Run:      python exercises/04_single_step.py           then --hint, then --hint=
 import sys
 
 import torch
-from checker import Exercise, run
+from checker import Exercise, run, with_gradient
 from torch import Tensor
 
 
@@ -66,11 +68,16 @@ SLIPS = {
     "log q is left out of r_t: this is the cross-entropy -sum q log p":
         lambda q, p, m: -torch.einsum("btv,btv->bt", q.exp(), p) * m,
     "the padding is counted: did you apply response_mask?": lambda q, p, m: spec(q, p, m | True),
+    "no gradient flows through this to q: nothing could be trained with it": lambda q, p, m: spec(q, p, m).detach(),
+    "the probabilities that weigh the differences are detached: what is left of the gradient, sum q grad log q, is 0":
+        lambda q, p, m: (q.detach().exp() * (q - p)).sum(-1) * m,
 }
+SLIPS = {words: with_gradient(slip) for words, slip in SLIPS.items()}
+checked = with_gradient
 HINTS = ("An expectation over y_t ~ q is a sum over the vocabulary of q(v) times what is averaged. q itself is not "
          "among the arguments, but its logarithm is.",
          "-r is log q - log p. Weigh it by q, sum along the last axis, which is the vocabulary, and mask the rest.")
-EXERCISE = Exercise(solve, spec, cases, SLIPS, HINTS)
+EXERCISE = Exercise(checked(solve), checked(spec), cases, SLIPS, HINTS)
 
 
 def variance(toys: int = 100) -> None:

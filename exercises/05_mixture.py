@@ -1,7 +1,7 @@
 """5. The mixture: a token drawn from teacher and student together.
 
 Paper:    arXiv 2306.08543v4, Section 2.2, Eq. (4): p~ = alpha p + (1 - alpha) q. Answers are drawn from it, token by
-          token, so that the teacher keeps the student from phrases that cheat.
+          token, so that the teacher keeps the student from phrases that it overrates.
 Task:     solve(student_logp_vocab, teacher_logp_vocab, mix_alpha, uniform) gives a token for each row, and its
           log-probability under p~. A token is the first at which the sum of the probabilities so far exceeds the row's
           uniform number. Rounding may leave the whole sum a little below 1, and uniform above it: then it is the last
@@ -48,6 +48,8 @@ def cases():
     numbers = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     logps = lambda *shape: (2 * numbers(*shape)).log_softmax(-1)
     draws = lambda B: torch.rand(B, generator=generator, dtype=torch.float64)
+    q, p = torch.linspace(-2, 2, 28, dtype=torch.float64).view(2, 2, 7).log_softmax(-1).roll(3, 1)
+    yield "small uniform numbers", (q, p.flip(-1), 0.2, torch.tensor([0.1, 0.3], dtype=torch.float64))
     for name, B, V, mix_alpha in (("alpha 0.2", 40, 7, 0.2), ("alpha 0, the student alone", 9, 5, 0.0),
                                   ("alpha 1, the teacher alone", 9, 5, 1.0), ("one row", 1, 11, 0.5),
                                   ("a vocabulary of one token", 3, 1, 0.2)):
@@ -90,6 +92,9 @@ def blended(q: Tensor, p: Tensor, a: float) -> Tensor:
 SLIPS = {
     "this mixes log-probabilities, which makes p^alpha q^(1 - alpha); Eq. (4) mixes probabilities":
         lambda q, p, a, u: answer(blended(q, p, a), blended(q, p, a), u),
+    "this mixes log-probabilities, and what comes of it does not even sum to 1; Eq. (4) mixes probabilities":
+        lambda q, p, a, u: answer(blended(q, p, a), blended(q, p, a), u.minimum(blended(q, p, a).exp().sum(-1) - 1e-9),
+                                  last=False),
     "alpha stands on the student's side; in Eq. (4) it is the teacher's share":
         lambda q, p, a, u: answer(mixed(q, p, 1 - a), mixed(q, p, 1 - a), u),
     "the token is right, its log-probability is the student's: it was drawn from p~, so p~ scores it":

@@ -108,6 +108,7 @@ EXERCISE = Exercise(checked(solve), checked(spec), cases, SLIPS, HINTS)
 def bias() -> None:
     import oracle  # checker has put the project's files within reach
     print("answers from the mixture, alpha 0.2, in units of the exact gradient's norm, means over 100 toys")
+    print("exact: exact_single and exact_long together; product: on both terms; none: every weight is 1")
     print(f"{'weight':12}{'bias':>10}{'noise':>8}")
     for weight in ("none", "per_token", "product", "exact"):
         _, error, noise = oracle.compare(dict(mix_alpha=0.2, weight=weight), toys=100, seed=0)

@@ -5,7 +5,8 @@ Paper:    arXiv 2306.08543v4, Section 2.2, Eq. (6): R_{t+1} is divided by the nu
 Task:     solve(reward, response_mask) gives, at each t, the mean of the rewards after t: r_{t+1} ... r_T. Where nothing
           comes after t, and in the padding, it is 0.
 Allowed:  torch, and no loop over rows. One over t is fine; none is better.
-In words: what would a student learn to do if R were not divided? (Its rewards are mostly negative. Why?)
+In words: what would a student learn to do if R were not divided? (Its rewards are mostly negative. Why?) Your code may
+          say T - t - 1: why is that right in Python, and wrong in the paper?
 Run:      python exercises/07_length_norm.py           then --hint, then --hint=2
 """
 

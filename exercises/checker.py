@@ -53,7 +53,8 @@ def check(exercise: Exercise, solve: Callable | None = None) -> Verdict:
         except NotImplementedError:
             return Verdict("unsolved", "nothing is written yet: replace the line that raises NotImplementedError")
         except Exception as error:  # a student's code may raise anything
-            lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+            lines = [frame for frame in traceback.extract_tb(error.__traceback__)
+                     if frame.filename != __file__ and "site-packages" not in frame.filename]  # nor torch's
             where = f", line {lines[-1].lineno} of {Path(lines[-1].filename).name}" if lines else ""
             fault = Verdict("error", f"case '{name}': {type(error).__name__}: {first_line(error)}{where}")
             break
@@ -64,7 +65,7 @@ def check(exercise: Exercise, solve: Callable | None = None) -> Verdict:
             fault = Verdict("wrong", f"case '{name}': the arguments were changed in place; work on copies")
             break
         tried.append((name, arguments, given, wanted))
-    broken = next((f"case '{name}': the answer holds infinity or what is no number"
+    broken = next((f"case '{name}': the answer holds inf or NaN"
                    for name, _, given, wanted in tried if not_finite(given) and not not_finite(wanted)), "")
     wrong = [(name, given, wanted) for name, _, given, wanted in tried if not agree(given, wanted, exercise.tolerance)]
     for words, slip in exercise.slips.items() if wrong else ():
@@ -77,6 +78,20 @@ def check(exercise: Exercise, solve: Callable | None = None) -> Verdict:
         name, given, wanted = wrong[0]
         return Verdict("wrong", f"case '{name}': {difference(given, wanted, exercise.tolerance)}")
     return fault
+
+
+def with_gradient(solve: Callable) -> Callable:
+    """What is compared: the answer, value 1, and the gradient of its sum by the first argument, value 2."""
+    def answer_and_gradient(first: Tensor, *others) -> tuple:
+        first = first.detach().requires_grad_()
+        given, gradient = solve(first, *others), torch.zeros_like(first)
+        if not isinstance(given, Tensor):
+            return given, gradient
+        if given.requires_grad:
+            (gradient,) = torch.autograd.grad(given.sum(), first)
+        return given.detach(), gradient
+
+    return answer_and_gradient
 
 
 def first_line(error: Exception) -> str:
@@ -99,17 +114,18 @@ def form(given, wanted, name: str = "the answer") -> str:
             return f"{name} should have the shape {tuple(wanted.shape)}, it has {tuple(given.shape)}"
         if given.dtype != wanted.dtype:
             return f"{name} should be {str(wanted.dtype)[6:]}, it is {str(given.dtype)[6:]}"
-    elif isinstance(given, Tensor) or not isinstance(given, type(wanted)):
+    elif not isinstance(given, int | float if isinstance(wanted, float) else type(wanted)):
         return f"{name} should be a plain {type(wanted).__name__}, not {kind(given)}"
     return ""
 
 
 def kind(value) -> str:
-    return f"{len(value)} values" if isinstance(value, tuple) else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return f"{len(value)} values" if isinstance(value, tuple) else f"a{'n' * (name[0] in 'aeiou')} {name}"
 
 
 def not_finite(value) -> bool:
-    """Whether an answer holds infinity, or what is no number."""
+    """Whether an answer holds inf or NaN."""
     if isinstance(value, tuple):
         return any(map(not_finite, value))
     return not value.isfinite().all() if isinstance(value, Tensor) else isinstance(value, float) and not math.isfinite(
@@ -129,7 +145,7 @@ def agree(given, wanted, tolerance: float) -> bool:
 def same(given, wanted, tolerance: float) -> bool:
     """Whether two answers of one form are equal."""
     if isinstance(wanted, tuple | list):
-        return all(same(g, w, tolerance) for g, w in zip(given, wanted, strict=True))
+        return len(given) == len(wanted) and all(same(g, w, tolerance) for g, w in zip(given, wanted))
     if isinstance(wanted, Tensor):
         return torch.allclose(given.double(), wanted.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
     if isinstance(wanted, float):

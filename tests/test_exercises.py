@@ -58,7 +58,7 @@ ANSWERS = {
     "07_length_norm": lambda reward, mask: future_reward(reward * mask, mask),
     "08_clipping": lambda q, mixed, R, mask, clip_eps: (
         long_term_loss(q, mixed, R, torch.ones_like(R), clip_eps)[0] * mask).sum(),
-    "09_rouge_l": lambda answer, references: float(rouge_l(answer, references)),  # the scorer gives 0 for ""
+    "09_rouge_l": rouge_l,  # the scorer gives an integer, 0, for ""
     "10_minillm": lambda q, kl, mixed, R, mask, clip_eps: minillm_loss(
         q, kl, q.detach(), mixed, R, mask, clip_eps=clip_eps)[:2],
 }
@@ -122,8 +122,8 @@ def example(solve):
     (lambda x: (x * x, 2), "this is squared"),
     (lambda x: (2 * x + (x == 4), 2), "at [1, 1] yours is 9, it should be 8"),
     (lambda x: (2 * x, 3), "value 2: yours is 3, it should be 2"),
-    (lambda x: (2 * x * (x - 1) / (x - 1), 2), "infinity"),
-    (lambda x: (x * x * (x - 1) / (x - 1), 2), "this is squared; besides, case 'a case': the answer holds infinity"),
+    (lambda x: (2 * x * (x - 1) / (x - 1), 2), "inf or NaN"),
+    (lambda x: (x * x * (x - 1) / (x - 1), 2), "this is squared; besides, case 'a case': the answer holds inf or NaN"),
     (lambda x: (x.mul_(2), 2), "changed in place"), (lambda x: x[7], "IndexError"), (lambda: 1, "TypeError")])
 def test_the_checker_says_what_is_wrong(solve, words):
     verdict = example(solve)
@@ -137,10 +137,21 @@ def test_a_wrong_value_is_told_before_a_case_that_breaks():
     verdict = checker.check(module.EXERCISE, checked(lambda z, p: (kl(z.softmax(0), p), kl(p, z.softmax(0)))))
     assert verdict.message.startswith("the two are swapped") and "'logits far apart'" in verdict.message
     verdict = checker.check(module.EXERCISE, checked(lambda z, p: (kl(p, z.softmax(0)), kl(z.softmax(0), p))))
-    assert verdict.message.startswith("case 'logits far apart': the answer holds infinity")
+    assert verdict.message.startswith("case 'logits far apart': the answer holds inf or NaN")
     verdict = checker.check(importlib.import_module("07_length_norm").EXERCISE, lambda r, m: (
         (r * m).flip(1).cumsum(1).flip(1) / m.flip(1).cumsum(1).flip(1)))
-    assert verdict.message.startswith("the sum begins with r_t") and "no number" in verdict.message
+    assert verdict.message.startswith("the sum begins with r_t") and "NaN" in verdict.message
+
+
+def test_a_list_that_has_grown_is_an_argument_changed_in_place():
+    exercise = checker.Exercise(lambda rows: len(rows) + len(rows.append(0) or []), len,
+                                lambda: iter([("a case", ([1, 2],))]), {}, ("", ""))
+    assert "changed in place" in checker.check(exercise).message
+
+
+def test_an_error_within_torch_is_told_by_the_line_that_led_there():
+    verdict = example(lambda x: torch.nn.functional.cross_entropy(x, "wrong"))
+    assert "of test_exercises.py" in verdict.message
 
 
 def test_the_checker_accepts_what_is_right():
@@ -157,10 +168,12 @@ def test_the_table_of_a_class(tmp_path, monkeypatch, capsys):
     name = "07_length_norm"
     monkeypatch.setattr(course, "EXERCISES", [name])
     given = (FOLDER / f"{name}.py").read_text()
-    solved = given.replace("    raise NotImplementedError  # yours", "    return spec(reward, response_mask)")
-    students = {"anna": solved, "ben": given, "dora": "raise ValueError('no')\n", "hugo": None,
-                "finn": "import sys\nsys.exit(0)\n", "gita": "import os\nos._exit(3)\n",
-                "ida": "def solve(reward, response_mask):\n    return reward\n", "jan": "solve = (\n"}
+    write = lambda answer: given.replace("    raise NotImplementedError  # yours", f"    {answer}")
+    solved = write("from distill import future_reward\n    return future_reward(reward * response_mask, response_mask)")
+    students = {"anna": solved, "ben": given, "carl": write("return spec(reward, response_mask)"),
+                "dora": "raise ValueError('no')\n", "hugo": None, "finn": "import sys\nsys.exit(0)\n",
+                "gita": "import os\nos._exit(3)\n", "jan": "solve = (\n",
+                "ida": "def solve(reward, response_mask):\n    return reward\n"}
     for student, source in students.items():
         (tmp_path / student).mkdir()
         if source is not None:
@@ -168,13 +181,13 @@ def test_the_table_of_a_class(tmp_path, monkeypatch, capsys):
     folders = tuple(str(tmp_path / student) for student in students)
     rows = course.main(course.Config(folders, csv=str(tmp_path / "class.csv"), seconds=300, jobs=2))
     states = {Path(folder).name: verdicts[0][0] for folder, verdicts in rows.items()}
-    assert states == {"anna": "solved", "ben": "unsolved", "dora": "error", "finn": "error", "gita": "error",
-                      "hugo": "missing", "ida": "wrong", "jan": "error"}
+    assert states == {"anna": "solved", "ben": "unsolved", "carl": "error", "dora": "error", "finn": "error",
+                      "gita": "error", "hugo": "missing", "ida": "wrong", "jan": "error"}
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 + len(students) and "1/1" in printed
     csv = (tmp_path / "class.csv").read_text().splitlines()
     assert csv[0] == "folder,exercise,state,message" and len(csv) == 1 + len(students)
-    assert "ValueError: no" in csv[3] and "exit code 3" in csv[6]
+    assert "spec is the task" in csv[3] and "ValueError: no" in csv[4] and "exit code 3" in csv[7]
 
 
 @pytest.mark.parametrize("source", [ENDLESS, FLOOD], ids=["endless", "flood"])
