@@ -165,7 +165,7 @@ class Stop:
     at once. Python hears of signals in its main thread alone, so elsewhere nothing changes."""
 
     def __init__(self, when: str):
-        self.when, self.signum = when, 0
+        self.when, self.own, self.signum = when, 0, 0  # the signal that this process had; that any had
 
     def __enter__(self) -> "Stop":
         self.main = threading.current_thread() is threading.main_thread()
@@ -173,9 +173,9 @@ class Stop:
         return self
 
     def note(self, signum: int, frame) -> None:
-        if self.signum:
+        if self.own:
             stop_now(signum, frame)
-        self.signum = signum
+        self.own = self.signum = signum
         print(f"{signal.Signals(signum).name}: will stop {self.when}; a second one stops at once, and loses more",
               file=sys.stderr, flush=True)
 

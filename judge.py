@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
-from config import UserError, check, command, flag, run, write_json
+from config import Stopped, UserError, check, command, flag, run, write_json
 
 URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?(/[\w.~%/-]*)?", re.IGNORECASE | re.ASCII)
 
@@ -275,10 +276,13 @@ def ask_all(cfg: Config, questions: dict[str, list[dict]], cache: Path, cut_at: 
             done = as_completed([pool.submit(work, key) for key in questions])
             for future in tqdm(done, "judging", len(questions), leave=False, delay=2, unit=" replies", disable=None):
                 future.result()
-        except (UserError, OSError, KeyboardInterrupt) as error:
+        except (UserError, OSError, KeyboardInterrupt, Stopped) as error:
+            broken.set()
             pool.shutdown(cancel_futures=True)  # what is on its way is paid for, and waited for
-            raise UserError(f"{str(error) or 'stopped'}; {len(known):,} replies are kept in {cache}, and the same "
-                            "command goes on from there") from None
+            kept = f"{len(known):,} replies are kept in {cache}, and the same command goes on from there"
+            if isinstance(error, KeyboardInterrupt | Stopped):
+                raise Stopped(getattr(error, "signum", signal.SIGINT), f"stopped; {kept}") from None
+            raise UserError(f"{error}; {kept}") from None
     return used
 
 

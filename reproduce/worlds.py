@@ -25,9 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the project's files have no package
 
 import config  # noqa: E402
-from config import UserError, check, flag  # noqa: E402
+from config import Stopped, UserError, check, flag  # noqa: E402
 
 Command = list[str]
+RUNNING: set[subprocess.Popen] = set()  # what a seed has started, and waits for
 MEASURES = ("eval.py", "exposure.py", "calibration.py")
 
 
@@ -116,11 +117,23 @@ def go(cfg: Config, commands: Callable[[World], Iterator[Command]], report: str)
                 raise
 
     with ThreadPoolExecutor(cfg.jobs) as pool:
-        list(pool.map(do, work))
+        try:
+            list(pool.map(do, work))
+        except BaseException as stop:
+            failed.set()
+            for process in list(RUNNING) if isinstance(stop, Stopped) else ():
+                process.terminate()  # which saves and ends; a terminal's Ctrl-C it has heard itself
+            raise
     call(["report.py", *dict.fromkeys(made), f"--out=out/reproduce/{cfg.world}/{report}"], cfg.dry_run)
 
 
 def call(command: Command, dry_run: bool) -> None:
     print(f"$ python {shlex.join(command)}", flush=True)
-    if not dry_run and (code := subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode):
+    if dry_run:
+        return
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+    RUNNING.add(process)
+    code = process.wait()
+    RUNNING.discard(process)
+    if code:
         raise UserError(f"stopped: `python {shlex.join(command)}` ended with exit code {code}; what it said is above")

@@ -96,6 +96,22 @@ def test_a_second_signal_stops_at_once(small, monkeypatch):
     monkeypatch.undo()
 
 
+def test_a_signal_that_another_process_had_is_not_ones_own(monkeypatch):
+    """The first signal of this process then is no second one: it is saving, and goes on."""
+    class Both:
+        device = torch.device("cpu")
+
+        def max(self, tensor):
+            tensor.fill_(signal.SIGTERM)
+
+    with pytest.raises(Stopped), config.Stop("soon") as stop:
+        assert stop.asked(Both())
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        saved = True
+    assert saved
+
+
 def test_a_signal_in_the_last_update_is_not_forgotten(small, monkeypatch):
     """All of phase 2 is done and kept, but the evaluation behind it does not begin."""
     signal_at(monkeypatch, distill, 8, signal.SIGTERM)

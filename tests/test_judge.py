@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import signal
 import socket
 import threading
 import time
@@ -14,7 +15,7 @@ import pytest
 from conftest import refused
 
 import judge
-from config import parse
+from config import Stopped, parse
 from judge import Config, question, read_marks
 
 KEY = "sk-secret/0123456789"
@@ -368,19 +369,22 @@ def test_a_server_that_fails_for_good_costs_nothing_twice(config, server):
     assert judge.main(config())["score"] == 62.5 and len(server.requests) == 5
 
 
-def test_one_that_stops_keeps_what_it_has(config, server, monkeypatch):
-    """Ctrl-C: the replies on their way are kept too, the others are not asked for."""
+@pytest.mark.parametrize("stop, signum", [(KeyboardInterrupt(), signal.SIGINT),
+                                          (Stopped(signal.SIGTERM), signal.SIGTERM)], ids=["Ctrl-C", "SIGTERM"])
+def test_one_that_stops_keeps_what_it_has(stop, signum, config, server, monkeypatch):
+    """Ctrl-C or SIGTERM: the replies on their way are kept too, the others are not asked for."""
     rule = server.rule
     server.rule = lambda messages: time.sleep(0.1 * (len(server.requests) > 1)) or rule(messages)
 
     def interrupted(done, *words, **settings):
         next(iter(done))
-        raise KeyboardInterrupt
+        raise stop
 
     monkeypatch.setattr(judge, "tqdm", interrupted)
-    message = refused(lambda: judge.main(config()), "stopped", "the same command goes on")
-    kept = len(cached(config()))
-    assert 1 <= kept == len(server.requests) <= 4 and f"{kept} replies" in message
+    with pytest.raises(Stopped, match="the same command goes on") as stopped:
+        judge.main(config())
+    kept, message = len(cached(config())), str(stopped.value)
+    assert stopped.value.signum == signum and 1 <= kept == len(server.requests) <= 4 and f"{kept} replies" in message
     monkeypatch.undo()
     assert judge.main(config())["score"] == 62.5 and len(server.requests) == 8
 

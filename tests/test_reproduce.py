@@ -1,15 +1,18 @@
 """The scripts of the paper's tables: every command that they would run is one that the project accepts."""
 
 import importlib
-import subprocess
+import os
+import signal
 import sys
 import threading
 import time
+import unittest.mock
 from pathlib import Path
 
 import pytest
 from conftest import refused
 
+import config
 from config import UserError, parse
 
 FOLDER = Path(__file__).parent.parent / "reproduce"
@@ -45,8 +48,8 @@ def test_variants_begin_with_the_same_models_and_differ_in_their_flags(worlds):
 
 def test_commands_run_in_order_then_the_report(worlds, monkeypatch, capsys):
     ran = []
-    monkeypatch.setattr(worlds.subprocess, "run", lambda command, **more: ran.append(command) or
-                        subprocess.CompletedProcess(command, 0))
+    monkeypatch.setattr(worlds.subprocess, "Popen", lambda command, **more: ran.append(command) or
+                        unittest.mock.Mock(wait=lambda: 0))
     commands = lambda world: iter([world.start(), world.variant("x", "--gamma=0.5")])
     worlds.go(worlds.Config(seeds=2), commands, "test")
     assert [command[0] for command in ran] == [sys.executable] * 5
@@ -80,6 +83,25 @@ def test_a_seed_that_fails_stops_the_others(jobs, worlds, monkeypatch):
     commands = lambda world: iter([["distill.py", f"--seed={world.seed}", f"--n={n}"] for n in range(9)])
     refused(lambda: worlds.go(worlds.Config(seeds=4, jobs=jobs), commands, "test"), "stopped")
     assert len(ran) <= jobs + 1 and ran[-1][0] == "distill.py"
+
+
+def test_sigterm_ends_what_runs_and_begins_nothing_more(worlds, monkeypatch, tmp_path):
+    (tmp_path / "slow.py").write_text("import pathlib, time; pathlib.Path('begun').touch(); time.sleep(60)")
+    monkeypatch.setattr(worlds, "ROOT", tmp_path)
+
+    def stop_once_it_runs():
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, config.stop_now)
+    try:
+        threading.Thread(target=stop_once_it_runs).start()
+        with pytest.raises(config.Stopped):
+            worlds.go(worlds.Config(seeds=1), lambda world: iter([["slow.py"], ["slow.py", "--again"]]), "test")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not worlds.RUNNING
 
 
 def test_jobs_are_worked_on_at_a_time(worlds, monkeypatch):
