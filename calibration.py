@@ -189,7 +189,7 @@ def main(cfg: Config) -> dict:
         tasks[task] = rows
     tokenizer = data.load_tokenizer(cfg.model)
     given = asdict(cfg) | dict.fromkeys(("batch_size", "device"))
-    given |= {"weights": stamp(cfg.model), "files": [path.stat().st_mtime_ns for path in files]}
+    given |= {"weights": stamp(cfg.model), "files": [stamp(path) for path in files]}
     path = Path(cfg.out or "") / "calibration.json"
     if cfg.out and (results := earlier(path, given, m)):
         return results

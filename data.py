@@ -178,7 +178,7 @@ def load_examples(name: str, split: str, tokenizer: tiktoken.Encoding, max_promp
     say(f"data {name} {split}: {len(kept):,} rows{dropped}")
     if not kept:
         raise UserError(f"--data={name}: no row of its {split} split is within --max_prompt_tokens={max_prompt_tokens} "
-                        f"and --max_tokens={max_tokens}")
+                        f"and {max_tokens} tokens in all")
     return kept
 
 
@@ -235,7 +235,8 @@ def encode(tokenizer: tiktoken.Encoding, texts: list[str]) -> list[list[int]]:
     if tokenizer.name == "words":
         for text in texts:
             if unknown := re.sub(tokenizer._pat_str, "\0", text).strip("\0"):
-                raise UserError(f"a model of the built-in world does not know {unknown.split(chr(0))[0].strip()!r}; "
+                word = unknown.split("\0")[0]  # or a space too many
+                raise UserError(f"a model of the built-in world does not know {word.strip() or word!r}; "
                                 "`python data.py --data=tiny` shows its language")
         return [tokenizer.encode_ordinary(text) for text in texts]  # short: threads would cost more
     return tokenizer.encode_ordinary_batch(texts)
@@ -314,6 +315,13 @@ def text_files(name: str) -> list[Path]:
     return files
 
 
+def local_bytes(name: str | None) -> int | None:
+    """How large a user's own file or folder of texts is; None for other data, whose name says what they hold."""
+    path = Path(name or "")
+    files = [path] if path.is_file() else path.rglob("*.txt") if name and path.is_dir() else []
+    return sum(file.stat().st_size for file in files) or None
+
+
 def load_corpus(name: str, tokenizer: tiktoken.Encoding, folder: Path, m: Machine) -> np.ndarray:
     """Plain text as one array of uint16 tokens, an end token after each document.
 
@@ -383,7 +391,7 @@ class Pieces(Sequence):
 
     def __init__(self, corpus: np.ndarray, length: int):
         if len(corpus) < length:
-            raise UserError(f"{len(corpus)} tokens of plain text make no piece of --max_tokens={length}")
+            raise UserError(f"{len(corpus)} tokens of plain text make no piece of {length}")
         self.corpus, self.length = corpus, length
 
     def __len__(self) -> int:

@@ -172,7 +172,7 @@ class Config:
     split: Literal["test", "valid"] = flag("test", "which rows of it; a FILE.jsonl is its own test split, whole")
     teacher: str | None = flag(None, "measure reverse and forward KL to this model")
     seeds: int = flag(5, "number of seeds, of 10, 20, 30 ...")
-    corpus: str | None = flag(None, "measure the loss on this plain text too: tiny-text, FILE.txt ..., as distill.py")
+    corpus: str | None = flag(None, "measure the loss on this plain text too, as distill.py: tiny-text, FILE.txt ...")
     limit: int | None = flag(None, "use the first so many prompts only")
     max_prompt_tokens: int = flag(256, "longer prompts are dropped")
     max_response_tokens: int | None = flag(None, "longest answer; default 256, or what the model has room for")
@@ -197,10 +197,11 @@ def main(cfg: Config) -> dict:
             raise UserError(f"--data={cfg.data}: two sets of one name; evaluate one by one")
         for name in names:
             data.load_rows(name, cfg.split)  # one that is missing is told before any is worked on
-        return {name: main(replace(cfg, data=name, out=folder(name))) for name in names}
+        corpus = {names[0]: cfg.corpus}  # plain text is measured once, beside the first
+        return {name: main(replace(cfg, data=name, out=folder(name), corpus=corpus.get(name))) for name in names}
     m, tokenizer = machine(cfg.device, cfg.dtype, capture=cfg.capture), data.load_tokenizer(cfg.model)
     given = asdict(cfg) | dict.fromkeys(("batch_size", "capture", "device"))
-    given["weights"] = [stamp(cfg.model), stamp(cfg.teacher)]
+    given |= {"weights": [stamp(cfg.model), stamp(cfg.teacher)], "files": [stamp(cfg.data), stamp(cfg.corpus)]}
     if cfg.out and (results := earlier(Path(cfg.out) / "results.json", given, m)):
         return results
     name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
@@ -260,9 +261,12 @@ def earlier(path: Path, given: dict, m: Machine) -> dict | None:
     return results
 
 
-def stamp(model: str | None) -> int | None:
-    """When the weights of a folder were written; a result is kept only for the weights that it was made with."""
-    files = [*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")] if model and Path(model).is_dir() else []
+def stamp(name: str | Path | None) -> int | None:
+    """When a local file was written, or the weights or texts of a folder; None for another name. A result is kept only
+    for those that it was made with."""
+    path = Path(name or "")
+    kinds = ("*.safetensors", "*.bin", "*.txt") if name and path.is_dir() else ()
+    files = [path] if path.is_file() else [file for kind in kinds for file in path.glob(kind)]
     return max((path.stat().st_mtime_ns for path in files), default=None)
 
 

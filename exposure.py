@@ -84,7 +84,7 @@ class Config:
 def main(cfg: Config) -> dict:
     m, tokenizer = machine(cfg.device, cfg.dtype, capture=cfg.capture), data.load_tokenizer(cfg.model)
     given = asdict(cfg) | dict.fromkeys(("batch_size", "capture", "device"))
-    given["weights"] = [stamp(cfg.model), stamp(cfg.teacher)]
+    given |= {"weights": [stamp(cfg.model), stamp(cfg.teacher)], "files": [stamp(cfg.data)]}
     path = Path(cfg.out) / "exposure.json" if cfg.out else None
     if path and (results := earlier(path, given, m)):
         return results

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, check, command, flag, read_json, read_lines, run, written_aside
+from config import UserError, check, command, flag, read_lines, run, written_aside
 from data import HUB_SETS
 from distill import FREE
 from eval import LENGTHS
@@ -56,7 +56,7 @@ HATCHES = ("", "//", "..", "xx", "\\\\", "oo")
 
 @dataclass
 class Found:
-    """A file that a run has written; the model that it is about, its seed struck out; and what it was made with."""
+    """A file that a run has written; the model that it is about; and what it was made with."""
     kind: str  # "evaluation", "training", "exposure", "calibration" or "judge"
     path: Path
     model: str
@@ -72,7 +72,7 @@ class Found:
 KINDS = {"results.json": "evaluation", "run.json": "training", "exposure.json": "exposure",
          "calibration.json": "calibration"}
 # settings that do not change what is measured, or only add to it
-UNCHANGED = {"out", "device", "batch_size", "capture", "dtype", "data", "model"}
+UNCHANGED = {"out", "device", "batch_size", "capture", "dtype", "data", "model", "files"}
 
 
 def read(path: Path) -> Found | None:
@@ -92,11 +92,13 @@ def read(path: Path) -> Found | None:
         return None
     if "command" not in content:
         raise UserError(f"{path} was made by an earlier version, and lacks what a report needs: make it anew")
-    if kind == "judge" and (path.parent / "results.json").is_file():  # of the answers that were judged
-        evaluated = read_json(path.parent / "results.json")
-        model = evaluated["given"]["model"]
-        content |= {name: evaluated[name] for name in ("data", "parameters")}
-    left_out = FREE | {"seed", "command"} if kind == "training" else UNCHANGED
+    if kind == "judge":  # of the evaluation whose answers were judged, if it is one
+        folders = (Path(model) if Path(model).is_dir() else Path(model).parent, path.parent)
+        beside = (read(folder / "results.json") for folder in folders if (folder / "results.json").is_file())
+        if evaluated := next(filter(None, beside), None):
+            model = evaluated.model
+            content |= {name: evaluated.content[name] for name in ("data", "parameters")}
+    left_out = FREE | {"seed", "command", "bytes"} if kind == "training" else UNCHANGED
     left_out = left_out | ({"teacher", "corpus"} if kind == "evaluation" else set())
     settings = {name: unseeded(value) for name, value in given.items() if name not in left_out}
     if kind == "evaluation":  # of the model, for the teacher only adds to what is measured
@@ -143,7 +145,8 @@ def named(items: list[Found]) -> list[Found]:
     for item in items:
         alike.setdefault((item.kind, item.name, item.data), []).append(item)
     for group in alike.values():
-        for item, differ in [(item, differing(group)) for item in group if item.kind != "judge"]:
+        differ = differing(group) if group[0].kind != "judge" else []
+        for item in group:
             item.name += f" ({', '.join(f'{name}={plain(item.settings.get(name))}' for name in differ)})" * bool(differ)
     return items
 
@@ -466,7 +469,7 @@ def exposure_figure(items: list[Found]) -> list[Figure]:
         of = lambda item, key: [(n, x) for n, x in enumerate(item.content[key], 1) if x is not None]
         x, mean, low, high = over_runs(zip(*of(item, "ex_acc_err")) for item in group if of(item, "ex_acc_err"))
         if len(group) == 1:
-            low, high = (np.array([y for _, y in of(group[0], key)]) for key in ("low", "high"))
+            low, high = (np.array([group[0].content[key][int(l) - 1] for l in x], float) for key in ("low", "high"))
         if len(x):
             lines[label] = (x, mean, low, high)
 

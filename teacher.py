@@ -218,10 +218,17 @@ def fitting(function: Callable, micro_batch: int, model: GPT, *rest) -> tuple:
 def begin(out: Path, cfg, free: set[str], m: Machine) -> bool:
     """Whether the run of this folder is finished.
 
-    Raises UserError if the folder was made with other flags, or holds an unfinished run and --resume is not given."""
+    Raises UserError if the folder is something else's, was made with other flags or files, or holds an unfinished run
+    and --resume is not given."""
     finished, begun = (out / "results.json").is_file(), (out / "run.json").is_file()
+    if finished and (not begun or "given" in read_json(out / "results.json")):
+        raise UserError(f"--out={out} holds results of something else: give a folder of its own")
     if begun:
         old = read_json(out / "run.json")
+        for name, size in old.get("bytes", {}).items():
+            if data.local_bytes(getattr(cfg, name)) != size:
+                raise UserError(f"{out} was made with another content of --{name}={getattr(cfg, name)}: choose another "
+                                "--out, or remove that folder")
         for name, value in asdict(cfg).items():
             if name not in free and old.get(name) != value:
                 raise UserError(f"{out} was made with --{name}={old.get(name)}, now it is {value}: choose another "
@@ -259,7 +266,8 @@ def load_state(out: Path, cfg, model: GPT, optimizer, scaler, m: Machine) -> tup
             check_zip(path)
             state = torch.load(path, map_location="cpu", weights_only=True)  # not beside the model's own
         except Exception as error:  # pickle, zip and torch have one each for a broken file
-            other = f"; {before} is older: remove {path.name}, and --resume takes that" if before.is_file() else ""
+            older = before.is_file() and path != before
+            other = f"; {before} is older: remove {path.name}, and --resume takes that" if older else ""
             raise UserError(f"{path} is damaged ({type(error).__name__}): remove {out} to begin anew{other}") from None
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -267,7 +275,9 @@ def load_state(out: Path, cfg, model: GPT, optimizer, scaler, m: Machine) -> tup
             scaler.load_state_dict(state["scaler"])
         logged = state["step"]
     if m.rank == 0:
-        write_json(out / "run.json", asdict(cfg) | {"command": command()})
+        sizes = {name: data.local_bytes(getattr(cfg, name, None)) for name in ("data", "valid_data", "corpus")}
+        sizes = {name: size for name, size in sizes.items() if size is not None}
+        write_json(out / "run.json", asdict(cfg) | {"command": command(), "bytes": sizes})
     if m.rank == 0 and (out / "log.jsonl").is_file():
         lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         with written_aside(out / "log.jsonl") as aside:

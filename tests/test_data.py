@@ -126,8 +126,9 @@ def test_text_never_becomes_the_end_token(gpt2):
 
 
 def test_the_world_names_a_word_that_it_does_not_know():
-    refused(lambda: data.encode(data.world_tokenizer(), ["Tell about the dog"]), "does not know 'dog'",
-            "data.py --data=tiny")
+    for text, word in (("Tell about the dog", "'dog'"), ("Tell about the cat ", "' '")):
+        refused(lambda text=text: data.encode(data.world_tokenizer(), [text]), f"does not know {word}",
+                "data.py --data=tiny")
 
 
 @pytest.mark.parametrize("vocabulary", ["words", "gpt2"])
@@ -219,7 +220,7 @@ def test_pieces_are_examples_whose_first_token_is_given():
     pieces = Pieces(np.arange(23, dtype=np.uint16), 5)
     assert len(pieces) == 4 and pieces[1].prompt == [5] and pieces[1].response == [6, 7, 8, 9]
     assert [e.prompt for e in pieces[1:3]] == [[5], [10]]
-    refused(lambda: Pieces(np.arange(3, dtype=np.uint16), 5), "3 tokens", "--max_tokens=5")
+    refused(lambda: Pieces(np.arange(3, dtype=np.uint16), 5), "3 tokens", "no piece of 5")
     with pytest.raises(IndexError):
         pieces[4]
 

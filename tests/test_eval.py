@@ -13,7 +13,7 @@ import eval as evaluation
 from data import Example, Row
 from eval import evaluate, exact_match, held_out_loss, rouge_l
 from model import load, save
-from sample import sample, uniforms
+from sample import follow, sample, uniforms
 
 
 def test_rouge_l_by_hand():
@@ -55,8 +55,9 @@ def test_the_kls_are_what_enumeration_says(m):
         exact["forward"] += math.exp(log_p) * (log_p - log_q)
     n = 20_000
     uniform = uniforms(0, range(n), 2)
-    reverse = sample(q, [prompt] * n, uniform, m, p, batch_size=n).reverse_kl.sum(1)
-    forward = sample(p, [prompt] * n, uniform, m, q, batch_size=n).reverse_kl.sum(1)
+    drawn = lambda model: sample(model, [prompt] * n, uniform, m, batch_size=n).answers
+    reverse = follow(q, [prompt] * n, drawn(q), 2, m, p, n).reverse_kl.sum(1)
+    forward = follow(p, [prompt] * n, drawn(p), 2, m, q, n).reverse_kl.sum(1)
     for got, want in ((reverse, exact["reverse"]), (forward, exact["forward"])):
         assert abs(got.mean().item() - want) < 4 * got.std().item() / n**0.5
 
@@ -166,6 +167,18 @@ def test_the_command_writes_its_results_and_keeps_them(tiny_models, tmp_path, ca
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == 10 and {line["seed"] for line in lines} == {10, 20}
     assert evaluation.main(cfg) == results and "made earlier" in capsys.readouterr().out
+
+
+def test_results_are_kept_for_the_file_that_they_were_made_with(tiny_models, tmp_path, capsys):
+    rows, row = tmp_path / "mine.jsonl", {"instruction": "Tell about the cat", "output": "Anna saw a cat."}
+    rows.write_text(json.dumps(row) + "\n")
+    cfg = evaluation.Config(model=tiny_models["student"], data=str(rows), seeds=1, max_response_tokens=4,
+                            out=str(tmp_path / "out"), dtype="float32", device="cpu")
+    for changed, kept in ((False, False), (False, True), (True, False)):
+        if changed:
+            rows.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+        assert evaluation.main(cfg)["prompts"] == 1 + changed
+        assert ("made earlier" in capsys.readouterr().out) == kept
 
 
 def test_commands_that_cannot_work(tiny_models, tmp_path):

@@ -211,6 +211,8 @@ def test_judgements_are_read_as_they_are_written(tmp_path):
     evaluation(tmp_path, "MiniLLM/KD-gpt2-120M", "dolly", parameters=124_439_808)  # of the answers that were judged
     found = [item for item in find([str(tmp_path)]) if item.kind == "judge"]
     beside = {row[3][:4]: row[:2] + row[4:5] for row in report.judge_table(found)[0].rows}
+    (tmp_path / "results.json").write_text('{"best": {}}')  # of training, whose answers can be judged too
+    assert len(find([str(tmp_path)])) == 2
     assert beside == {"win ": ["KD-gpt2-120M", "dolly", ""], "44.7": ["KD-gpt2-120M", "dolly", "40.3"]}
 
 
@@ -262,6 +264,10 @@ def test_exposure_bias_is_drawn_with_its_band(tmp_path):
     exposed(tmp_path / "1", "out/seed-1/m", [0.0, 10.0, 20.0])
     (figure,) = report.exposure_figure(find([str(tmp_path)]))
     assert [values.tolist() for values in figure.panels[""]["m"]] == [[1, 2, 3], [0, 10, 20], [-1, 9, 19], [2, 12, 22]]
+    content = json.loads((tmp_path / "1" / "exposure.json").read_text())
+    (tmp_path / "1" / "exposure.json").write_text(json.dumps(content | {"low": [-1, 9, None]}))  # of few prompts
+    (figure,) = report.exposure_figure(find([str(tmp_path)]))
+    assert str(figure.panels[""]["m"][2].tolist()) == "[-1.0, 9.0, nan]"
     exposed(tmp_path / "2", "out/seed-2/m", [0.0, 30.0])
     (figure,) = report.exposure_figure(find([str(tmp_path)]))
     assert [values.tolist() for values in figure.panels[""]["m"]] == [[1, 2, 3], [0, 20, 20], [0, 10, 20], [0, 30, 20]]

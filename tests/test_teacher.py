@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 
@@ -158,6 +159,23 @@ def test_a_run_that_is_there_is_kept_or_refused(config, tmp_path, monkeypatch, c
     capsys.readouterr()
     assert supervised.main(config(log_every=3)) == results and "finished earlier, kept" in capsys.readouterr().out
     refused(lambda: supervised.main(config(seed=3)), "--seed=10, now it is 3")
+    (tmp_path / "run" / "results.json").write_text('{"given": {}}')  # of eval.py --out=THERE
+    refused(lambda: supervised.main(config()), "holds results of something else")
+    (tmp_path / "run" / "run.json").unlink()
+    (tmp_path / "run" / "results.json").write_text('{"best": {}}')
+    refused(lambda: supervised.main(config()), "holds results of something else")
+
+
+def test_a_run_does_not_go_on_with_other_rows(config, tmp_path, monkeypatch):
+    row, rows = {"instruction": "Tell about the cat", "output": "Anna saw a cat."}, tmp_path / "mine.jsonl"
+    rows.write_text((json.dumps(row) + "\n") * 20)
+    cfg = config(data=str(rows), valid_data="tiny", updates=1, evals=1)
+    supervised.main(cfg)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["bytes"] == {"data": rows.stat().st_size}
+    os.utime(rows, (0, 0))  # copied to another machine, say
+    supervised.main(cfg)
+    rows.write_text((json.dumps(row) + "\n") * 21)
+    refused(lambda: supervised.main(cfg), f"another content of --data={rows}", "choose another --out")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
