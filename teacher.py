@@ -226,7 +226,7 @@ def begin(out: Path, cfg, free: set[str], m: Machine) -> bool:
     if begun:
         old = read_json(out / "run.json")
         for name, size in old.get("bytes", {}).items():
-            if data.local_bytes(getattr(cfg, name)) != size:
+            if data.local_bytes(getattr(cfg, name)) not in (size, None):  # a finished run's may be gone
                 raise UserError(f"{out} was made with another content of --{name}={getattr(cfg, name)}: choose another "
                                 "--out, or remove that folder")
         for name, value in asdict(cfg).items():

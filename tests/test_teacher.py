@@ -176,6 +176,8 @@ def test_a_run_does_not_go_on_with_other_rows(config, tmp_path, monkeypatch):
     supervised.main(cfg)
     rows.write_text((json.dumps(row) + "\n") * 21)
     refused(lambda: supervised.main(cfg), f"another content of --data={rows}", "choose another --out")
+    rows.unlink()
+    assert supervised.main(cfg)["updates"] == 1
 
 
 def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
