@@ -340,7 +340,7 @@ def load_corpus(name: str, tokenizer: tiktoken.Encoding, folder: Path, m: Machin
     else:
         documents = text_documents(files)
     key = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files] + [tokenizer.name])
-    path = folder / f"{Path(name).stem}-{hashlib.sha1(key.encode()).hexdigest()[:12]}.bin"
+    path = folder / f"{Path(name).stem.replace(':', '-')}-{hashlib.sha1(key.encode()).hexdigest()[:12]}.bin"
     if m.rank == 0 and not path.exists():
         m.say(f"corpus {name}: tokenising once, into {path}")
         with written_aside(path) as aside, open(aside, "wb") as file:

@@ -209,10 +209,11 @@ def main(cfg: Config) -> dict:
     teacher = frozen(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
     if teacher:
         same_vocabulary(model.config, teacher.config)
-    longest = min(cfg.max_prompt_tokens + (cfg.max_response_tokens or 256), model.config.n_positions)
+    both = [model, teacher] if teacher else [model]
+    longest = min(cfg.max_prompt_tokens + (cfg.max_response_tokens or 256), *(g.config.n_positions for g in both))
     examples = data.load_examples(name, cfg.split, tokenizer, cfg.max_prompt_tokens, longest, m.say)[: cfg.limit]
     seeds = [10 * (n + 1) for n in range(cfg.seeds)]
-    room = cfg.max_response_tokens or room_for_answers(model, [e.prompt for e in examples])
+    room = cfg.max_response_tokens or min(room_for_answers(g, [e.prompt for e in examples]) for g in both)
     pieces = []
     if cfg.corpus:
         corpus = data.load_corpus(cfg.corpus, tokenizer, Path(cfg.out or "out") / "corpus", m)

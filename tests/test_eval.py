@@ -194,6 +194,14 @@ def test_commands_that_cannot_work(tiny_models, tmp_path):
     assert (tmp_path / "results.json").read_text() == '{"best": null}'
 
 
+def test_a_teacher_of_fewer_positions_sets_the_room_for_answers(tiny_models, tmp_path):
+    save(random_gpt(vocab_size=90, n_positions=30, eos_token_id=89), tmp_path / "short")
+    cfg = evaluation.Config(model=tiny_models["student"], teacher=str(tmp_path / "short"), limit=2, seeds=1,
+                            dtype="float32", device="cpu")
+    scores = evaluation.main(cfg)["scores"]
+    assert scores["reverse_kl"][0] > 0 and 10 < scores["tokens"][0] < 30
+
+
 def test_references_beyond_the_models_positions_are_cut(tiny_models, monkeypatch):
     settings = dict(model=tiny_models["student"], limit=2, seeds=1, max_prompt_tokens=60, max_response_tokens=30)
     rows = [data.Row("Tell about the cat", "", (" ".join(["Anna found"] * 60),))]
