@@ -9,6 +9,7 @@ Shapes:   B answers, b of a micro-batch, T response tokens, N response tokens of
 Left out: a critic, a KL to the initial student, an entropy bonus (the paper has none); ZeRO, tensor parallelism.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -623,7 +624,7 @@ def answer_once(cfg: sampling.Config) -> None:
 
 
 def main(cfg: Config) -> list[dict]:
-    with held(Path(cfg.out)):
+    with contextlib.nullcontext() if cfg.plan or cfg.plan_pairs else held(Path(cfg.out)):
         return run_stages(cfg)
 
 
@@ -638,6 +639,13 @@ def run_stages(cfg: Config) -> list[dict]:
     if cfg.plan_pairs:
         planning.show_pairs(draft, m)
         return []
+    if not cfg.plan:  # a folder of another run is told before there is work
+        for _, _, settings in work:
+            if isinstance(settings, supervised.Config):
+                supervised.is_finished(Path(settings.out), settings, supervised.FREE)
+        if not cfg.explain:
+            supervised.is_finished(out / "minillm", cfg, FREE)
+        m.barrier()  # all have looked before one writes
     planning.show(draft.lines(), m, what, cfg.ignore_memory)
     if cfg.plan:
         return []

@@ -252,11 +252,17 @@ def main(cfg: Config) -> dict:
 def earlier(path: Path, given: dict, m: Machine) -> dict | None:
     """The results in this file if they were made with the same settings and weights, else None.
 
-    Raises UserError if the file is something else's."""
+    Raises UserError if the file is something else's, another model's or another set's."""
     results = read_json(path) if path.is_file() else None
     if results is not None and "given" not in results:
         raise UserError(f"--out={path.parent} holds results of something else: give a folder of its own")
-    if results is None or results["given"] != given:
+    if results is None:
+        return None
+    for name in ("model", "data"):
+        if (old := results["given"].get(name)) != given[name]:
+            raise UserError(f"--out={path.parent} holds results of --{name}={old}, now it is {given[name]}: give a "
+                            "folder of its own")
+    if results["given"] != given:
         return None
     m.say(f"{path}: made earlier, kept")
     return results

@@ -506,10 +506,13 @@ def save(model: GPT, folder: Path) -> None:
     for key in sorted(tensors):
         crc = zlib.crc32(tensors[key].numpy(), crc)
     with written_aside(folder / "model.safetensors") as aside:
+        aside.touch()
+        mode = aside.stat().st_mode
         try:
             save_file(tensors, aside, metadata={"format": "pt", "crc32": str(crc)})
         except SafetensorError as error:  # a full disk, say
             raise UserError(f"{folder / 'model.safetensors'}: {error}") from None
+        aside.chmod(mode)  # save_file's own lets nobody else read it
         either = [f'"format":"pt","crc32":"{crc}"'.encode(), f'"crc32":"{crc}","format":"pt"'.encode()]
         with open(aside, "r+b") as file:  # safetensors writes them in either order; equal weights make equal files
             head = file.read(4096)

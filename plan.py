@@ -160,6 +160,7 @@ class Draft:
 
     def __init__(self, cfg, work: list, m: Machine):
         self.cfg, self.work, self.m, self.costs = cfg, work, m, {}
+        data.load_rows(cfg.data, "train")  # a wrong name or a bad row is told before a vocabulary is fetched
         self.origin = {settings.out: settings.model for _, _, settings in work}
         first = self.root(cfg.student)
         self.tokenizer = data.tokenizer_for(cfg.data) if is_shape(first) else data.load_tokenizer(first)
@@ -268,7 +269,8 @@ class Draft:
             m = replace(m, vocab_chunk=self.longest)
         size += max(decode_bytes([student, judge], m, min(rows, cfg.sample_batch), cfg.max_tokens),
                     update_bytes(student, cost, m, cfg.micro_batch, cfg.max_tokens, cfg.recompute))
-        what = f"{answers:,.0f} answers from the mixture, {cfg.inner_epochs} inner epochs"
+        source = {"mixed": "the mixture", "gold": "the references"}.get(cfg.source, f"the {cfg.source}")
+        what = f"{answers:,.0f} answers from {source}, {cfg.inner_epochs} inner epochs"
         return Line("minillm", what, cfg.steps, size, time)
 
     def evaluation(self, models: int) -> Line:
@@ -286,6 +288,8 @@ class Draft:
         for name, _, s in self.work:
             if not (Path(s.out) / "results.json").is_file() and not Path(s.out).is_file():
                 lines.append(self.supervised(name, s) if isinstance(s, supervised.Config) else self.sampling(name, s))
+        if cfg.explain:
+            return lines
         if not (Path(cfg.out) / "minillm" / "results.json").is_file():
             lines.append(self.minillm())
         if not (Path(cfg.out) / "results.json").is_file():

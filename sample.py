@@ -452,7 +452,7 @@ def read_prompts(cfg: Config, tokenizer: tiktoken.Encoding, say: Callable) -> tu
         except OSError as error:
             raise UserError(f"{cfg.prompts}: {error.strerror}") from None
     prompts = data.encode(tokenizer, [row.instruction if cfg.raw else row.prompt_text for row in rows])
-    if not rows or not all(prompts):
+    if not rows or not all(prompts) or not all(row.instruction.strip() for row in rows):
         raise UserError(f"{cfg.prompts or '--prompt'}: there is no prompt in it; a model needs a token to begin with")
     return rows, prompts
 

@@ -216,7 +216,16 @@ def fitting(function: Callable, micro_batch: int, model: GPT, *rest) -> tuple:
 
 
 def begin(out: Path, cfg, free: set[str], m: Machine) -> bool:
-    """Whether the run of this folder is finished.
+    """Whether the run of this folder is finished. Raises UserError as `is_finished`."""
+    finished = is_finished(out, cfg, free)
+    if finished:
+        m.say(f"{out}: finished earlier, kept")
+    m.barrier()  # all have looked before one writes
+    return finished
+
+
+def is_finished(out: Path, cfg, free: set[str]) -> bool:
+    """Whether there is a finished run of these settings in the folder, but for the `free` ones.
 
     Raises UserError if the folder is something else's, was made with other flags or files, or holds an unfinished run
     and --resume is not given."""
@@ -230,14 +239,14 @@ def begin(out: Path, cfg, free: set[str], m: Machine) -> bool:
                 raise UserError(f"{out} was made with another content of --{name}={getattr(cfg, name)}: choose another "
                                 "--out, or remove that folder")
         for name, value in asdict(cfg).items():
-            if name not in free and old.get(name) != value:
-                raise UserError(f"{out} was made with --{name}={old.get(name)}, now it is {value}: choose another "
-                                "--out, or remove that folder")
+            if name not in free and name not in old:
+                raise UserError(f"{out} was made by `{old.get('command')}`, which has no --{name}: choose another "
+                                "--out")
+            if name not in free and old[name] != value:
+                raise UserError(f"{out} was made with --{name}={old[name]}, now it is {value}: choose another --out, "
+                                "or remove that folder")
         if not finished and not cfg.resume:
             raise UserError(f"{out} holds an unfinished run: --resume goes on with it; to begin anew remove the folder")
-    if finished:
-        m.say(f"{out}: finished earlier, kept")
-    m.barrier()  # all have looked before one writes
     return finished
 
 

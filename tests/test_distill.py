@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -576,6 +577,9 @@ def test_every_stage_from_nothing_and_none_of_them_twice(distill_config, tmp_pat
     assert distill.main(distill_config(**settings)) == rows
     again = capsys.readouterr().out
     assert again.count("finished earlier, kept") == 6 and again.count("made earlier, kept") == 6
+    shutil.rmtree(tmp_path / "run" / "seqkd")  # other flags are told before it is trained anew
+    refused(lambda: distill.main(distill_config(**settings, gamma=0.5)), "minillm was made with --gamma=1.0")
+    assert not (tmp_path / "run" / "seqkd").exists() and "plan:" not in capsys.readouterr().out
     assert "everything is done already" in again
     refused(lambda: distill.main(distill_config(**settings | dict(steps=3))), "--updates=2, now it is 3")
 
@@ -584,7 +588,9 @@ def test_the_plan_alone_does_nothing(distill_config, tmp_path, capsys):
     assert distill.main(distill_config(plan=True, teacher="1x2x12", student="1x2x8")) == []
     printed = capsys.readouterr().out
     assert all(f"  {stage} " in printed for stage in ("teacher", "init", "minillm", "evaluate")) and "GiB" in printed
-    assert not (tmp_path / "run").exists()
+    assert "answers from the mixture" in printed and not [*tmp_path.glob("run*")]  # nor a lock
+    distill.main(distill_config(plan=True, source="student", mix_alpha=0.0))
+    assert "answers from the student" in capsys.readouterr().out
 
 
 def test_too_little_memory_is_told_before_anything_is_loaded(distill_config, tmp_path, monkeypatch):

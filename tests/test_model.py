@@ -334,6 +334,8 @@ def test_what_is_saved_transformers_opens(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(theirs.eval()(tokens).logits, logits(gpt, tokens), atol=1e-5, rtol=0)
     assert torch.equal(logits(load(str(tmp_path)), tokens), logits(gpt, tokens))
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1 and len([*tmp_path.iterdir()]) == 2  # who can read the one can read the other
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):

@@ -78,6 +78,11 @@ def test_what_a_later_stage_would_stumble_over_is_told_first(distill_config, tmp
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused(lambda: draft(corpus="openwebtext"), "pip install pyarrow", "--pt_coef=0")
     refused(lambda: draft(max_tokens=100), "--max_tokens=100", "64 positions")
+    (tmp_path / "bad.jsonl").write_text("{")
+    monkeypatch.setattr(plan.data, "tokenizer_for", None)  # no vocabulary is fetched before that is told
+    refused(lambda: draft(data=str(tmp_path / "bad.jsonl"), student="1x2x8"), "bad.jsonl:1: not JSON")
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused(lambda: draft(student="out/no/such/folder"), "out/no/such/folder")
     save(random_gpt(vocab_size=77, eos_token_id=76, n_positions=64), tmp_path / "other")
     refused(lambda: draft(teacher=str(tmp_path / "other")), "the teacher has 77 tokens", "one vocabulary")

@@ -296,7 +296,8 @@ def test_prompts_from_files(tiny_models, tmp_path, capsys):
     refused(lambda: run(tiny_models, prompts=str(tmp_path / "bad.txt")), "bad.txt", "not UTF-8")
     refused(lambda: run(tiny_models, prompts=str(tmp_path / "empty.txt")), "empty.txt", "no prompt")
     refused(lambda: run(tiny_models, prompts=str(tmp_path / "none.txt")), "none.txt", "No such file")
-    refused(lambda: run(tiny_models, prompt="", raw=True), "--prompt", "no prompt")
+    for raw in (True, False):
+        refused(lambda raw=raw: run(tiny_models, prompt="", raw=raw), "--prompt", "no prompt")
     refused(lambda: run(tiny_models, prompt="Tell about the dog"), "does not know 'dog'")
     refused(lambda: sampling.Config(), "one of --prompt, --prompts and --data")
     refused(lambda: sampling.Config(prompt="a", data="tiny"), "one of --prompt, --prompts and --data")

@@ -159,6 +159,8 @@ def test_a_run_that_is_there_is_kept_or_refused(config, tmp_path, monkeypatch, c
     capsys.readouterr()
     assert supervised.main(config(log_every=3)) == results and "finished earlier, kept" in capsys.readouterr().out
     refused(lambda: supervised.main(config(seed=3)), "--seed=10, now it is 3")
+    from distill import Config
+    refused(lambda: supervised.is_finished(tmp_path / "run", Config(), set()), "run was made by `", "has no --preset")
     (tmp_path / "run" / "results.json").write_text('{"given": {}}')  # of eval.py --out=THERE
     refused(lambda: supervised.main(config()), "holds results of something else")
     (tmp_path / "run" / "run.json").unlink()
