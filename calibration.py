@@ -191,7 +191,7 @@ def main(cfg: Config) -> dict:
     given = asdict(cfg) | dict.fromkeys(("batch_size", "device"))
     given |= {"weights": stamp(cfg.model), "files": [stamp(path) for path in files]}
     path = Path(cfg.out or "") / "calibration.json"
-    if cfg.out and (results := earlier(path, given, m)):
+    if cfg.out and (results := earlier(path, given, cfg.data, m)):
         return results
     results = {"command": command(), "given": given, "tasks": {}}
     model = frozen(load(cfg.model, m.device), m.dtype)

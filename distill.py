@@ -168,8 +168,8 @@ class Config:
     data: str = flag("tiny", "instructions, D: tiny, dolly or FILE.jsonl")
     test_data: str | None = flag(None, "evaluate on this set at the end; default --data, and of a FILE.jsonl the held-"
                                        "out tenth, by which --select picks as well")
-    corpus: str = flag("tiny-text", "plain text, D_PT: tiny-text, FILE.txt, a folder of them, or openwebtext, of which "
-                                    "that is the first of its 306 MB files; openwebtext:3 is three")
+    corpus: str = flag("tiny-text", "plain text, D_PT: tiny-text, FILE.txt, a folder of them, or openwebtext: the "
+                                    "first of its files, 306 MB; openwebtext:3 takes three")
     out: str = flag("out/tiny", "folder of all stages")
     baselines: str = flag("sft,kd,seqkd", "train these too, from --student on, of sft, kd and seqkd; empty for none")
     finetune_teacher: Literal["auto", "yes", "no"] = flag("auto", "fine-tune p on D first; auto: if new or as released")
@@ -671,7 +671,7 @@ def run_stages(cfg: Config) -> list[dict]:
             model=model, data=test, split=split, teacher=cfg.teacher, seeds=cfg.eval_seeds,
             out=str(out / "test" / method),
             max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_tokens - cfg.max_prompt_tokens,
-            batch_size=cfg.sample_batch, capture=cfg.capture, device=cfg.device, dtype=cfg.dtype))["scores"]
+            batch_size=cfg.sample_batch, capture=cfg.capture, device=cfg.device, dtype=cfg.dtype), own=True)["scores"]
         spread = {name: float(np.std(values, ddof=1)) for name, values in scores.items() if len(values) > 1}
         means = {name: float(np.mean(values)) for name, values in scores.items()}
         rows.append({"method": method} | means | {"std": spread})

@@ -188,8 +188,9 @@ class Config:
               no_repeat_ngram=(0, 1024), batch_size=(1, 10**5))
 
 
-def main(cfg: Config) -> dict:
-    """The results of one set; of several, those of each by its name."""
+def main(cfg: Config, own: bool = False) -> dict:
+    """The results of one set; of several, those of each by its name. In a run's own folder results that were made
+    otherwise are made anew."""
     names = list(data.HUB_SETS) if cfg.data == "all" else (cfg.data or "").split(",")
     if len(names) > 1:
         folder = lambda name: str(Path(cfg.out) / Path(name).stem) if cfg.out else None
@@ -202,9 +203,9 @@ def main(cfg: Config) -> dict:
     m, tokenizer = machine(cfg.device, cfg.dtype, capture=cfg.capture), data.load_tokenizer(cfg.model)
     given = asdict(cfg) | dict.fromkeys(("batch_size", "capture", "device"))
     given |= {"weights": [stamp(cfg.model), stamp(cfg.teacher)], "files": [stamp(cfg.data), stamp(cfg.corpus)]}
-    if cfg.out and (results := earlier(Path(cfg.out) / "results.json", given, m)):
-        return results
     name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
+    if cfg.out and (results := earlier(Path(cfg.out) / "results.json", given, name, m, own)):
+        return results
     model = load(cfg.model, m.device)
     teacher = frozen(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
     if teacher:
@@ -249,18 +250,19 @@ def main(cfg: Config) -> dict:
     return results
 
 
-def earlier(path: Path, given: dict, m: Machine) -> dict | None:
+def earlier(path: Path, given: dict, data_name: str, m: Machine, own: bool = False) -> dict | None:
     """The results in this file if they were made with the same settings and weights, else None.
 
-    Raises UserError if the file is something else's, another model's or another set's."""
+    Raises UserError if the file is something else's or, unless it is the run's own, another model's or set's."""
     results = read_json(path) if path.is_file() else None
     if results is not None and "given" not in results:
         raise UserError(f"--out={path.parent} holds results of something else: give a folder of its own")
     if results is None:
         return None
-    for name in ("model", "data"):
-        if (old := results["given"].get(name)) != given[name]:
-            raise UserError(f"--out={path.parent} holds results of --{name}={old}, now it is {given[name]}: give a "
+    before = {"model": results["given"]["model"], "data": results.get("data", results["given"]["data"])}
+    for name, new in () if own else (("model", given["model"]), ("data", data_name)):
+        if os.path.normpath(before[name]) != os.path.normpath(new):
+            raise UserError(f"--out={path.parent} holds results of --{name}={before[name]}, now it is {new}: give a "
                             "folder of its own")
     if results["given"] != given:
         return None
@@ -272,7 +274,7 @@ def stamp(name: str | Path | None) -> int | None:
     """When a local file was written, or the weights or texts of a folder; None for another name. A result is kept only
     for those that it was made with."""
     path = Path(name or "")
-    kinds = ("*.safetensors", "*.bin", "*.txt") if name and path.is_dir() else ()
+    kinds = ("*.safetensors", "*.bin", "**/*.txt") if name and path.is_dir() else ()
     files = [path] if path.is_file() else [file for kind in kinds for file in path.glob(kind)]
     return max((path.stat().st_mtime_ns for path in files), default=None)
 

@@ -86,11 +86,11 @@ def main(cfg: Config) -> dict:
     given = asdict(cfg) | dict.fromkeys(("batch_size", "capture", "device"))
     given |= {"weights": [stamp(cfg.model), stamp(cfg.teacher)], "files": [stamp(cfg.data)]}
     path = Path(cfg.out) / "exposure.json" if cfg.out else None
-    if path and (results := earlier(path, given, m)):
+    name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
+    if path and (results := earlier(path, given, name, m)):
         return results
     student, teacher = load(cfg.model, m.device), load(cfg.teacher, m.device)
     same_vocabulary(student.config, teacher.config)
-    name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
     room = min(student.config.n_positions, teacher.config.n_positions)
     examples = data.load_examples(name, cfg.split, tokenizer, cfg.max_prompt_tokens, room, m.say)[: cfg.limit]
     prompts = [example.prompt for example in examples]

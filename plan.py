@@ -160,7 +160,8 @@ class Draft:
 
     def __init__(self, cfg, work: list, m: Machine):
         self.cfg, self.work, self.m, self.costs = cfg, work, m, {}
-        data.load_rows(cfg.data, "train")  # a wrong name or a bad row is told before a vocabulary is fetched
+        if cfg.data.endswith(".jsonl"):
+            data.load_rows(cfg.data, "train")  # a bad row is told before a vocabulary is fetched
         self.origin = {settings.out: settings.model for _, _, settings in work}
         first = self.root(cfg.student)
         self.tokenizer = data.tokenizer_for(cfg.data) if is_shape(first) else data.load_tokenizer(first)

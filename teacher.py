@@ -234,10 +234,6 @@ def is_finished(out: Path, cfg, free: set[str]) -> bool:
         raise UserError(f"--out={out} holds results of something else: give a folder of its own")
     if begun:
         old = read_json(out / "run.json")
-        for name, size in old.get("bytes", {}).items():
-            if data.local_bytes(getattr(cfg, name)) not in (size, None):  # a finished run's may be gone
-                raise UserError(f"{out} was made with another content of --{name}={getattr(cfg, name)}: choose another "
-                                "--out, or remove that folder")
         for name, value in asdict(cfg).items():
             if name not in free and name not in old:
                 raise UserError(f"{out} was made by `{old.get('command')}`, which has no --{name}: choose another "
@@ -245,6 +241,10 @@ def is_finished(out: Path, cfg, free: set[str]) -> bool:
             if name not in free and old[name] != value:
                 raise UserError(f"{out} was made with --{name}={old[name]}, now it is {value}: choose another --out, "
                                 "or remove that folder")
+        for name, size in old.get("bytes", {}).items():
+            if data.local_bytes(getattr(cfg, name)) not in (size, None):  # a finished run's may be gone
+                raise UserError(f"{out} was made with another content of --{name}={getattr(cfg, name)}: choose another "
+                                "--out, or remove that folder")
         if not finished and not cfg.resume:
             raise UserError(f"{out} holds an unfinished run: --resume goes on with it; to begin anew remove the folder")
     return finished

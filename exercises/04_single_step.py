@@ -4,8 +4,8 @@ Paper:    arXiv 2306.08543v4, Section 2.2, Eq. (3): Eq. (2) is split in two, and
           -grad E_{y_t ~ q}[r_t], is summed over the vocabulary. r_t = log p(y_t | y_<t, x) - log q(y_t | y_<t, x).
 Task:     solve(student_logp_vocab, teacher_logp_vocab, response_mask) gives -E_{y_t ~ q}[r_t] at each position, and 0
           in the padding. Both are log-probabilities of all tokens, normalised; in the padding they are anything finite.
-          Gradients flow through: in a message value 1 is the answer, value 2 the gradient of its sum by the first
-          argument.
+          Gradients flow through: in a message value 1 is the answer, value 2 the gradient of its sum by the logits of
+          which student_logp_vocab is the log_softmax.
 Allowed:  torch, and no loop.
 In words: Eqs. (2) and (3) have the same expectation. --variance prints how far one answer's estimate strays from it,
           by either. Where does the difference come from, and why is something left?
@@ -68,12 +68,18 @@ SLIPS = {
     "log q is left out of r_t: this is the cross-entropy -sum q log p":
         lambda q, p, m: -torch.einsum("btv,btv->bt", q.exp(), p) * m,
     "the padding is counted: did you apply response_mask?": lambda q, p, m: spec(q, p, m | True),
-    "no gradient flows through this to q: nothing could be trained with it": lambda q, p, m: spec(q, p, m).detach(),
-    "the probabilities that weigh the differences are detached: what is left of the gradient, sum q grad log q, is 0":
+    "its gradient is 0, and nothing could be trained with it: either none flows to q, or the probabilities that weigh "
+    "the differences are detached, and what is left, sum q grad log q, is 0":
         lambda q, p, m: (q.detach().exp() * (q - p)).sum(-1) * m,
 }
-SLIPS = {words: with_gradient(slip) for words, slip in SLIPS.items()}
-checked = with_gradient
+
+
+def checked(solve):
+    """What is compared: the answer, and its gradient by q's logits."""
+    return with_gradient(lambda z, p, m: solve(z.log_softmax(-1), p, m))
+
+
+SLIPS = {words: checked(slip) for words, slip in SLIPS.items()}
 HINTS = ("An expectation over y_t ~ q is a sum over the vocabulary of q(v) times what is averaged. q itself is not "
          "among the arguments, but its logarithm is.",
          "-r is log q - log p. Weigh it by q, sum along the last axis, which is the vocabulary, and mask the rest.")

@@ -169,14 +169,17 @@ def test_the_command_writes_its_results_and_keeps_them(tiny_models, tmp_path, ca
     assert evaluation.main(cfg) == results and "made earlier" in capsys.readouterr().out
 
 
-def test_results_of_another_model_are_not_overwritten(tiny_models, tmp_path):
+def test_results_of_another_model_are_not_overwritten(tiny_models, tmp_path, monkeypatch):
     settings = dict(limit=1, seeds=1, max_response_tokens=2, out=str(tmp_path / "out"), device="cpu")
     results = evaluation.main(evaluation.Config(model=tiny_models["student"], **settings))
-    for other in (dict(model=tiny_models["teacher"]), dict(model=tiny_models["student"], data="tiny")):
+    monkeypatch.setattr(data, "load_rows", lambda name, split, load=data.load_rows: load("tiny", split))
+    for other in (dict(model=tiny_models["teacher"]), dict(model=tiny_models["student"], data="mine.jsonl")):
         refused(lambda other=other: evaluation.main(evaluation.Config(**other, **settings)), "holds results of --",
                 "a folder of its own")
-    again = evaluation.main(evaluation.Config(model=tiny_models["student"], **settings | dict(seeds=2)))
-    assert len(again["seeds"]) == 2 and len(results["seeds"]) == 1
+    same = evaluation.Config(model=tiny_models["student"] + "/", data="tiny", **settings | dict(seeds=2))
+    assert len(evaluation.main(same)["seeds"]) == 2 and len(results["seeds"]) == 1
+    other = evaluation.Config(model=tiny_models["student"], data="mine.jsonl", **settings)
+    assert evaluation.main(other, own=True)["data"] == "mine.jsonl"  # distill.py --test_data=ANOTHER
 
 
 def test_results_are_kept_for_the_file_that_they_were_made_with(tiny_models, tmp_path, capsys):
