@@ -254,11 +254,11 @@ def earlier(path: Path, given: dict, data_name: str, m: Machine, own: bool = Fal
     """The results in this file if they were made with the same settings and weights, else None.
 
     Raises UserError if the file is something else's or, unless it is the run's own, another model's or set's."""
-    results = read_json(path) if path.is_file() else None
-    if results is not None and "given" not in results:
-        raise UserError(f"--out={path.parent} holds results of something else: give a folder of its own")
-    if results is None:
+    if not path.is_file():
         return None
+    results = read_json(path)
+    if "given" not in results:
+        raise UserError(f"--out={path.parent} holds results of something else: give a folder of its own")
     before = {"model": results["given"]["model"], "data": results.get("data", results["given"]["data"])}
     for name, new in () if own else (("model", given["model"]), ("data", data_name)):
         if os.path.normpath(before[name]) != os.path.normpath(new):
