@@ -22,9 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from config import Machine, UserError, check, command, flag, machine, run, write_json, write_lines
+from config import Machine, UserError, check, checksum, command, flag, machine, run, write_json, write_lines
 from data import Row
-from eval import earlier, stamp
+from eval import earlier
 from model import GPT, by_chunks, frozen, load, predicting
 from sample import taken
 
@@ -189,7 +189,7 @@ def main(cfg: Config) -> dict:
         tasks[task] = rows
     tokenizer = data.load_tokenizer(cfg.model)
     given = asdict(cfg) | dict.fromkeys(("batch_size", "device"))
-    given |= {"weights": stamp(cfg.model), "files": [stamp(path) for path in files]}
+    given |= {"weights": checksum(cfg.model), "files": [checksum(path) for path in files]}
     path = Path(cfg.out or "") / "calibration.json"
     if cfg.out and (results := earlier(path, given, cfg.data, m)):
         return results
@@ -215,6 +215,7 @@ def main(cfg: Config) -> dict:
               f"[{low:.1f}, {high:.1f}], majority {r['majority']:.1f}, confidence {r['confidence']:.3f}, "
               f"ECE {r['ece']:.3f} [{least:.3f}, {most:.3f}], {r['seconds']} s")
     if cfg.out and m.rank == 0:
+        path.unlink(missing_ok=True)  # of other lines than those that are written now
         write_lines(path.with_suffix(".jsonl"), lines)
         write_json(path, results)
     m.barrier()

@@ -24,9 +24,11 @@ import threading
 import time
 import types
 import typing
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -327,6 +329,26 @@ def written_aside(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def checksum(name: str | Path | None) -> int | None:
+    """A checksum of a user's own file, or of the texts and weights in a folder, by which others in their place are
+    noticed; None for another name, which says itself what it stands for."""
+    path = Path(name or "")
+    kinds = ("*.safetensors", "*.bin", "**/*.txt") if name and path.is_dir() else ()
+    files = [path] if path.is_file() else sorted(file for kind in kinds for file in path.glob(kind))
+    checksums = (crc32_of(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return zlib.crc32(repr([*checksums]).encode()) if files else None
+
+
+@cache
+def crc32_of(path: Path, size: int, mtime_ns: int) -> int:
+    """Of a file as it was then: read once in a process."""
+    crc = 0
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            crc = zlib.crc32(piece, crc)
+    return crc
 
 
 @contextlib.contextmanager

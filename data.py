@@ -315,13 +315,6 @@ def text_files(name: str) -> list[Path]:
     return files
 
 
-def local_bytes(name: str | None) -> int | None:
-    """How large a user's own file or folder of texts is; None for other data, whose name says what they hold."""
-    path = Path(name or "")
-    files = [path] if path.is_file() else path.rglob("*.txt") if name and path.is_dir() else []
-    return sum(file.stat().st_size for file in files) or None
-
-
 def load_corpus(name: str, tokenizer: tiktoken.Encoding, folder: Path, m: Machine) -> np.ndarray:
     """Plain text as one array of uint16 tokens, an end token after each document.
 

@@ -34,6 +34,7 @@ from config import (
     Stopped,
     UserError,
     check,
+    checksum,
     clock,
     flag,
     held,
@@ -216,8 +217,9 @@ class Config:
     valid_limit: int = flag(200, "validation rows used")
     select: Literal["rouge_l", "loss", "last"] = flag("last", "validation that picks the weights to keep")
     eval_seeds: int = flag(5, "seeds of the final evaluation")
-    micro_batch: int = flag(64, "answers of a forward pass; changes memory and speed only")
-    sample_batch: int = flag(256, "answers decoded together; likewise")
+    micro_batch: int = flag(64, "answers of a forward pass; changes memory and speed only, and in supervised stages "
+                                "dropout's draws")
+    sample_batch: int = flag(256, "answers decoded together; changes memory and speed only")
     vocab_chunk: int | None = flag(None, "positions whose logits exist at a time; likewise; default by device; with "
                                    "--weight=product or exact an answer's")
     capture: bool = flag(False, "on a GPU: record a decoding step as a CUDA graph, and replay it")
@@ -231,7 +233,7 @@ class Config:
     def __post_init__(self):
         check(self, steps=(1, 10**9), lr=(0, 10), warmup_steps=(0, 10**9), rollouts=(1, 10**6), minibatch=(1, 10**6),
               inner_epochs=(1, 1000), mix_alpha=(0, 1), turns=(0, 10**6), gamma=(0, 1), reward_scale=(1e-9, 1e9),
-              clip_eps=(0, math.inf), reward_clip=(1e-9, math.inf), pt_coef=(0, 1e9), pt_kd=(0, 1),
+              clip_eps=(1e-9, math.inf), reward_clip=(1e-9, math.inf), pt_coef=(0, 1e9), pt_kd=(0, 1),
               grad_clip=(1e-9, math.inf), weight_decay=(0, 10), max_prompt_tokens=(1, 1022), max_tokens=(2, 1024),
               eval_every=(1, 10**9), valid_limit=(1, 10**9), eval_seeds=(1, 1000), micro_batch=(1, 10**6),
               sample_batch=(1, 10**6), vocab_chunk=(1, 10**9), seed=(0, 2**62), log_every=(1, 10**9))
@@ -476,7 +478,10 @@ def distil(cfg: Config, stop: Stop | None = None) -> dict:
                 if not math.isfinite(sums[name]):
                     raise UserError(f"{out}: stopped at update {step + 1}: {name} is {sums[name]}")
             lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
-            norm = supervised.apply_update(student, optimizer, scaler, m, lr, cfg.grad_clip)
+            try:
+                norm = supervised.apply_update(student, optimizer, scaler, m, lr, cfg.grad_clip)
+            except UserError as error:
+                raise UserError(f"{out}: stopped at update {step + 1}: {error}") from None
             step += 1
 
             # 7 log: each figure is a mean over the whole update
@@ -510,14 +515,17 @@ def columns(cfg: Config) -> dict[str, tuple[str, str]]:
     w = {"per_token": "q / p~", "product": "the product of q / p~ up to here", "exact": "the product of q / p~ before",
          "none": "1: there are no weights"}[cfg.weight]
     single = "KL" if cfg.divergence == "reverse" else f"{cfg.divergence} divergence"
-    rho = "q / q when it was drawn" if cfg.weight == "none" else "q / p~"
+    rho = "q / q as of then" if cfg.weight == "none" else "q / p~"
+    drawn_from = {"gold": "the student's as of then: this answer is a reference",
+                  "mixed": "the mixture's, from which it was drawn"}
+    drawn_from = drawn_from.get(cfg.source, f"the {cfg.source}'s alone, from which it was drawn")
     long = f"-min(rho R, clip(rho) R), rho = {rho}" + ", and a weight" * ("product" in w)
     return {"log q": ("", "the student's log-probability of the token taken"), "log p": ("", "the teacher's"),
-            "log p~": ("(4)", "the mixture's, from which it was drawn"), "r_t": ("(2)", r),
-            "KL": ("(1)", "KL[q || p] over the vocabulary, or -E[r_t]"),
-            "R_t" if now else "R_t+1": ("(6)" if cfg.length_norm else "(2)", R), "w_t": ("(5)", w),
+            "log p~": ("(4)" * (cfg.source == "mixed"), drawn_from), "r_t": ("(2)", r),
+            "KL": ("(3)", "KL[q || p] over the vocabulary, or -E[r_t]"),
+            "R_t" if now else "R_t+1": ("(6)" if cfg.length_norm else "(2)" if now else "(3)", R), "w_t": ("(5)", w),
             "L_Single": ("(7)", "w_t " * cfg.weight_single + single + off * (not cfg.single_step)),
-            "L_Long": ("(7)", long + off * (not cfg.long_term))}
+            "L_Long": ("Alg. 1", long + off * (not cfg.long_term))}
 
 
 def explain(cfg: Config) -> None:
@@ -571,7 +579,7 @@ def is_raw(name: str, choice: str) -> bool:
 def stages(cfg: Config) -> tuple[list[tuple[str, Callable, object]], Config]:
     """What comes before phase 2 and beside it, as (name, main, its Config); and cfg with the names of the results.
 
-    Raises UserError for a stage that cannot be skipped, or that would overwrite what it begins with."""
+    Raises UserError for a stage that cannot be skipped."""
     out, tiny, work = Path(cfg.out), cfg.preset == "tiny", []
     common = {name: getattr(cfg, name) for name in ("data", "max_prompt_tokens", "max_tokens", "valid_limit", "seed",
                                                     "micro_batch", "sample_batch", "vocab_chunk", "recompute",
@@ -579,8 +587,6 @@ def stages(cfg: Config) -> tuple[list[tuple[str, Callable, object]], Config]:
 
     def train(name: str, **settings) -> str:
         settings = common | {"out": str(out / name)} | settings
-        if Path(settings["model"]) == Path(settings["out"]):
-            raise UserError(f"{name} would begin with {settings['model']} and be written there: give another --out")
         work.append((name, supervised.main, make(supervised.Config, settings, supervised.presets)))
         return settings["out"]
 
@@ -613,6 +619,7 @@ def answer_once(cfg: sampling.Config) -> None:
     """Writes the teacher's answers, unless they are there. Raises UserError if they were made with other flags."""
     m, answers, beside = machine(cfg.device, cfg.dtype), Path(cfg.out), Path(cfg.out).with_suffix(".json")
     made_with = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE | {"batch_size"}}
+    made_with["checksum"] = checksum(cfg.model)
     there = answers.is_file()
     if there and (not beside.is_file() or read_json(beside) != made_with):
         raise UserError(f"{answers} was made with another teacher, seed or length: choose another --out, or remove it")

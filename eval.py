@@ -9,6 +9,7 @@ Shapes:   B answers, T response tokens, N response tokens of several rows, D wid
 Left out: what has files of its own: exposure bias in exposure.py, calibration.py, and GPT-4's marks in judge.py.
 """
 
+import math
 import multiprocessing
 import os
 import string
@@ -26,7 +27,20 @@ import torch
 
 import data
 import world
-from config import Machine, UserError, check, clock, command, flag, machine, read_json, run, write_json, write_lines
+from config import (
+    Machine,
+    UserError,
+    check,
+    checksum,
+    clock,
+    command,
+    flag,
+    machine,
+    read_json,
+    run,
+    write_json,
+    write_lines,
+)
 from data import Example
 from model import GPT, by_chunks, frozen, load, predicting, same_vocabulary
 from sample import follow, room_for_answers, sample, taken, uniforms
@@ -147,8 +161,9 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Where the mean lies, 95%, by a bootstrap over prompts: one value of each, 2,000 draws, always the same."""
     values = np.asarray(values)
-    draws = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
-    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
+    generator = np.random.default_rng(0)
+    draws = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(2000)]
+    low, high = np.quantile(draws, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -202,7 +217,8 @@ def main(cfg: Config, own: bool = False) -> dict:
         return {name: main(replace(cfg, data=name, out=folder(name), corpus=corpus.get(name))) for name in names}
     m, tokenizer = machine(cfg.device, cfg.dtype, capture=cfg.capture), data.load_tokenizer(cfg.model)
     given = asdict(cfg) | dict.fromkeys(("batch_size", "capture", "device"))
-    given |= {"weights": [stamp(cfg.model), stamp(cfg.teacher)], "files": [stamp(cfg.data), stamp(cfg.corpus)]}
+    given |= {"weights": [checksum(cfg.model), checksum(cfg.teacher)]}
+    given |= {"files": [checksum(cfg.data), checksum(cfg.corpus)]}
     name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
     if cfg.out and (results := earlier(Path(cfg.out) / "results.json", given, name, m, own)):
         return results
@@ -244,6 +260,7 @@ def main(cfg: Config, own: bool = False) -> dict:
                "parameters": model.config.parameters, "seconds": seconds, "peak_gib": m.peak_gib(), "scores": means,
                "rouge_l_interval": [low, high], "rouge_l_by_length": lengths}
     if cfg.out and m.rank == 0:
+        (Path(cfg.out) / "results.json").unlink(missing_ok=True)  # of other answers than those that are written now
         write_lines(Path(cfg.out) / "samples.jsonl", answers)
         write_json(Path(cfg.out) / "results.json", results)
     m.barrier()
@@ -253,7 +270,8 @@ def main(cfg: Config, own: bool = False) -> dict:
 def earlier(path: Path, given: dict, data_name: str, m: Machine, own: bool = False) -> dict | None:
     """The results in this file if they were made with the same settings and weights, else None.
 
-    Raises UserError if the file is something else's or, unless it is the run's own, another model's or set's."""
+    Raises UserError if the file is something else's or, unless it is the run's own, another model's or set's, or of
+    more prompts or answers than there would be now."""
     if not path.is_file():
         return None
     results = read_json(path)
@@ -264,19 +282,16 @@ def earlier(path: Path, given: dict, data_name: str, m: Machine, own: bool = Fal
         if os.path.normpath(before[name]) != os.path.normpath(new):
             raise UserError(f"--out={path.parent} holds results of --{name}={before[name]}, now it is {new}: give a "
                             "folder of its own")
+    for name in () if own else ("limit", "seeds", "samples"):
+        before, now = results["given"].get(name), given.get(name)
+        if now and now < (before or math.inf):
+            made = f"without --{name}" if before is None else f"with --{name}={before}"
+            raise UserError(f"--out={path.parent} holds results made {made}, and with --{name}={now} some would be "
+                            "lost: give another --out, or remove that folder")
     if results["given"] != given:
         return None
     m.say(f"{path}: made earlier, kept")
     return results
-
-
-def stamp(name: str | Path | None) -> int | None:
-    """When a local file was written, or the weights or texts of a folder; None for another name. A result is kept only
-    for those that it was made with."""
-    path = Path(name or "")
-    kinds = ("*.safetensors", "*.bin", "**/*.txt") if name and path.is_dir() else ()
-    files = [path] if path.is_file() else [file for kind in kinds for file in path.glob(kind)]
-    return max((path.stat().st_mtime_ns for path in files), default=None)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 import data
-from config import Machine, check, command, flag, machine, run, write_json
-from eval import earlier, stamp
+from config import Machine, check, checksum, command, flag, machine, run, write_json
+from eval import earlier
 from model import GPT, frozen, load, same_vocabulary
 from sample import follow, room_for_answers, sample, uniforms
 
@@ -84,7 +84,7 @@ class Config:
 def main(cfg: Config) -> dict:
     m, tokenizer = machine(cfg.device, cfg.dtype, capture=cfg.capture), data.load_tokenizer(cfg.model)
     given = asdict(cfg) | dict.fromkeys(("batch_size", "capture", "device"))
-    given |= {"weights": [stamp(cfg.model), stamp(cfg.teacher)], "files": [stamp(cfg.data)]}
+    given |= {"weights": [checksum(cfg.model), checksum(cfg.teacher)], "files": [checksum(cfg.data)]}
     path = Path(cfg.out) / "exposure.json" if cfg.out else None
     name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
     if path and (results := earlier(path, given, name, m)):

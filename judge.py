@@ -30,7 +30,7 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
-from config import Stopped, UserError, check, command, flag, run, write_json
+from config import Stopped, UserError, check, checksum, command, flag, run, write_json
 
 URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?(/[\w.~%/-]*)?", re.IGNORECASE | re.ASCII)
 
@@ -51,7 +51,7 @@ class Config:
     max_cost: float | None = flag(None, "do not begin if the estimate is more dollars than this")
     dry_run: bool = flag(False, "say how many calls, tokens and dollars it would be, and stop")
     cache: str | None = flag(None, "file of the replies, so that none is paid for twice; default OUT/judgements.jsonl")
-    out: str | None = flag(None, "folder for judge.json, or judge-against-NAME.json; default: that of --answers")
+    out: str | None = flag(None, "folder for judge-JUDGE.json, judge-JUDGE-against-X.json; default: that of --answers")
 
     def __post_init__(self):
         check(self, limit=(1, 10**9), tries=(1, 100), workers=(1, 256), timeout=(0.01, 3600), price_in=(0, 10**6),
@@ -292,6 +292,12 @@ def samples(name: str) -> Path:
     return Path(name) / "samples.jsonl" if Path(name).is_dir() else Path(name)
 
 
+def file_of(cfg: Config) -> str:
+    """The name of the results: those of another judge, or against another model, have another."""
+    plain = lambda text: re.sub(r"[^\w.-]+", "-", text or "")[-80:].strip("-.")
+    return f"judge-{plain(cfg.judge)}" + f"-against-{plain(cfg.against)}" * bool(cfg.against) + ".json"
+
+
 def read_answers(name: str, need_references: bool) -> list[dict]:
     """The rows of a samples.jsonl. Raises UserError for a bad one, with its line."""
     path, rows = samples(name), {}
@@ -406,7 +412,8 @@ def main(cfg: Config) -> dict | None:
     tokens_in = sum(len(message["content"]) for messages in new.values() for message in messages) // 4
     tokens_out = REPLY_TOKENS * len(new)
     print(f"{len(pairs):,} comparisons in both orders: {len(questions):,} calls, {len(new):,} not yet made, of about "
-          f"{tokens_in:,} tokens in and at most {tokens_out:,} out{cfg.bill(tokens_in, tokens_out)}", flush=True)
+          f"{tokens_in:,} tokens in and at most {tokens_out:,} out{cfg.bill(tokens_in, tokens_out)}, if every reply "
+          "can be read", flush=True)
     if cfg.max_cost is not None and cfg.dollars(tokens_in, tokens_out) > cfg.max_cost:
         raise UserError(f"that may cost more than --max_cost={cfg.max_cost:g}: raise it, or lower --limit")
     if cfg.dry_run:
@@ -428,17 +435,17 @@ def main(cfg: Config) -> dict | None:
         used.update(known[key]["usage"])
     _, prompts, mine, theirs = zip(*judged)
     results = {"command": command(),
-               "given": {name: getattr(cfg, name) for name in ("answers", "against", "judge", "url", "limit")},
+               "given": {name: getattr(cfg, name) for name in ("answers", "against", "judge", "url", "limit")}
+               | {"files": checksum(samples(cfg.answers))},
                "kind": "pairwise" if cfg.against else "reference", **score(judged, bool(cfg.against)),
                "marks": {"model": np.mean(mine) / 2, "other" if cfg.against else "reference": np.mean(theirs) / 2},
                "first_place": np.mean(leads), "prompts": len(set(prompts)), "judged": len(judged), "unscored": unscored,
                "usage": {name: used[name] for name in ("calls", *TOKENS)},
                "dollars": cfg.dollars(*(used[name] for name in TOKENS))}
-    name = "-".join(["judge-against", *samples(cfg.against).resolve().parts[-3:-1]]) if cfg.against else "judge"
-    write_json(out / f"{name}.json", results)
+    write_json(out / file_of(cfg), results)
     show(cfg, results)
     if unscored > len(pairs) / 2:
-        raise UserError(f"{blame}; {out / name}.json is of the others only")
+        raise UserError(f"{blame}; {out / file_of(cfg)} is of the others only")
     return results
 
 

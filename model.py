@@ -55,7 +55,8 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once and written in place. `length` is the number of tokens held.
+    """Keys and values of every layer, allocated once and written in place. `length` is the number of tokens held. Each
+    layer has a tensor of its own: a GPU whose memory is nearly full may have no room in one piece for all of them.
 
     On a CPU they are float32 even under autocast: its attention of one token in bfloat16 took five times as long.
 
@@ -66,7 +67,8 @@ class KVCache:
                  recorded: bool = False):
         head_width, dtype = config.n_embd // config.n_head, torch.float32 if device.type == "cpu" else dtype
         new = torch.zeros if recorded else torch.empty  # what is masked may be anything but NaN
-        self.kv = new(config.n_layer, 2, batch, config.n_head, length, head_width, device=device, dtype=dtype)
+        self.kv = [new(2, batch, config.n_head, length, head_width, device=device, dtype=dtype)
+                   for _ in range(config.n_layer)]
         self.length, self.width = 0, length
         self.position = torch.zeros(1, dtype=torch.int64, device=device) if recorded else None
 
@@ -74,16 +76,16 @@ class KVCache:
         """Writes keys and values (2, B, H, T, D/H) behind what is held, and returns all, (2, B, H, S, D/H)."""
         end = self.length + kv.size(3)
         if self.position is not None and kv.size(3) == 1:
-            self.kv[layer].index_copy_(3, self.position, kv.to(self.kv.dtype))
-            return self.kv[layer, :, :, :, : self.width]
-        self.kv[layer, :, :, :, self.length : end] = kv
-        return self.kv[layer, :, :, :, :end]
+            self.kv[layer].index_copy_(3, self.position, kv.to(self.kv[layer].dtype))
+            return self.kv[layer][:, :, :, : self.width]
+        self.kv[layer][:, :, :, self.length : end] = kv
+        return self.kv[layer][:, :, :, :end]
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these indices (b,), in place: there may be no room for a second cache."""
         for kv in self.kv:
             kv[:, : len(rows)] = kv[:, rows]
-        self.kv = self.kv[:, :, : len(rows)]
+        self.kv = [kv[:, : len(rows)] for kv in self.kv]
 
 
 class PackedLinear(nn.Module):
@@ -172,7 +174,7 @@ class GPT(nn.Module):
             mask = (columns <= query) & ((columns >= first[..., None]) | (columns == query))  # (B, T, S)
             positions = (positions - first).clamp(min=0)  # (B, T)
             if cache is not None:  # as attention wants it, made once and not in each layer
-                mask = torch.zeros_like(mask, dtype=cache.kv.dtype).masked_fill_(~mask, -torch.inf)
+                mask = torch.zeros_like(mask, dtype=cache.kv[0].dtype).masked_fill_(~mask, -torch.inf)
             mask = mask[:, None, :, :S]  # (B, 1, T, S)
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, D)
         x = F.dropout(x, self.dropout, self.training)
@@ -190,19 +192,24 @@ class GPT(nn.Module):
 
     def head(self) -> Tensor | PackedLinear:
         """The output embedding (V, D). Under autocast it is taken less its mean row: softmax does not notice, but
-        logits of GPT-2 lie near -100, where bfloat16 knows only every half, and centred ones lie near 0."""
+        logits of GPT-2 lie near -100, where bfloat16 knows only every half, and centred ones lie near 0. On a GPU it is
+        then filled up with rows of zeros, which `logits` leaves out."""
         if self.frozen_head is not None:
             return self.frozen_head
         weight, device = self.wte.weight, self.wte.weight.device.type
         if not torch.is_autocast_enabled(device):
             return weight
         mean, dtype = weight.detach().mean(0), torch.get_autocast_dtype(device)
-        return torch.cat([(rows - mean).to(dtype) for rows in weight.split(4096)])  # whole, 154 MB in float32
+        pieces = [(rows - mean).to(dtype) for rows in weight.split(4096)]  # whole, 154 MB in float32
+        if device == "cuda":  # tensor cores want rows of logits, 50,257 of them, in whole pieces of 16 bytes
+            pieces.append(torch.zeros(-len(weight) % 64, weight.size(1), dtype=dtype, device=weight.device))
+        return torch.cat(pieces)
 
     def logits(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:
         """(..., D) -> (..., V) in float32 or wider. A loop over chunks passes the `head()` that it made once."""
         head = self.head() if head is None else head
         logits = head(hidden) if isinstance(head, PackedLinear) else F.linear(hidden, head)
+        logits = logits[..., : self.config.vocab_size]
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
     def set_dropout(self, dropout: float) -> None:
@@ -241,7 +248,7 @@ def learn_by_chunks(function: Callable, chunk: int | list[int], backward: Callab
         values = function(top, states, *part[1:])
         with torch.autocast(hidden.device.type, enabled=False):  # autocast is for the way forward
             backward(values[0].sum())
-        add_to_gradient(model.wte.weight, top.grad)
+        add_to_gradient(model.wte.weight, top.grad[: len(model.wte.weight)])
         gradients.append(states.grad)
         parts.append([value.detach() for value in values])
         top = values = None  # whose graph holds on to the head and its gradient, 77 MB each

@@ -68,7 +68,8 @@ def measure_layers(config: GPTConfig, m: Machine, rows: int, length: int, sample
     text = torch.tensor([draw(length)] * rows, device=m.device)
     model = trained(GPT(config).to(m.device), recompute=False, compile=False)
     light, (optimizer, scaler) = frozen(model, m.dtype), supervised.optimizer_of(model, m, (0.9, 0.95), 0.0)
-    alone, steps = replace(m, rank=0, world=1, capture=False), 4
+    alone = replace(m, rank=0, world=1, capture=False)
+    steps, times = (32, 8) if m.device.type == "cuda" else (4, 2)  # a GPU's are short, and the host's noise is not
 
     def kept(batch: list[Example]) -> int:
         """Bytes that the forward pass keeps for the backward pass."""
@@ -92,7 +93,7 @@ def measure_layers(config: GPTConfig, m: Machine, rows: int, length: int, sample
 
     decode = lambda length: sample(light, [draw(8)] * sample_batch, uniforms(0, range(sample_batch), length), alone,
                                    batch_size=sample_batch)
-    seconds = lambda function: min(m.seconds(function) for _ in range(2))
+    seconds = lambda function: min(m.seconds(function) for _ in range(times))
     prefill = seconds(lambda: decode(1))
     return [seconds(train), seconds(forward), kept([*batch, batch[0]]) - kept(batch),  # weights cancel
             (seconds(lambda: decode(1 + steps)) - prefill) / steps,
@@ -206,10 +207,11 @@ class Draft:
             rows = max(1, rows // 2)
         return config, self.costs[config.n_embd]
 
-    def decode(self, names: list[str], answers: float) -> float:
-        """Seconds to decode answers of full length with these models together."""
-        steps = answers / self.cfg.sample_batch * self.longest / self.m.world
-        return steps * sum(cost.step(config.n_layer) for config, cost in map(self.shape, names))
+    def decode(self, names: list[str], answers: float, together: int) -> float:
+        """Seconds to decode answers of full length with these models in step, `together` of them at a time, in as many
+        batches as that takes."""
+        batches = answers / together * math.ceil(together / self.m.world / self.cfg.sample_batch)
+        return batches * self.longest * sum(cost.step(config.n_layer) for config, cost in map(self.shape, names))
 
     def take_turns(self, answers: float) -> float:
         """Seconds to decode answers of full length by turns: what a model did not draw is read as in a forward pass."""
@@ -222,11 +224,12 @@ class Draft:
             time += cost.judge(config.n_layer, samples, read, read)
         return time
 
-    def compare(self, names: list[str], answers: float) -> float:
-        """Seconds to decode answers with the first of two models, and to read them with both."""
-        passes = (cost.judge(config.n_layer, answers / self.m.world, self.cfg.max_tokens, self.longest)
-                  for config, cost in map(self.shape, names))
-        return self.decode(names[:1], answers) + sum(passes)
+    def compare(self, names: list[str], rows: int, times: float) -> float:
+        """Seconds to answer so many rows with the first of these models and, if there are two, to read the answers with
+        both; a number of times."""
+        passes = (cost.judge(config.n_layer, rows / self.m.world, self.cfg.max_tokens, self.longest)
+                  for config, cost in map(self.shape, names) if len(names) > 1)
+        return times * (self.decode(names[:1], rows, rows) + sum(passes))
 
     def supervised(self, name: str, s: supervised.Config) -> Line:
         config, cost = self.shape(s.model)
@@ -234,8 +237,7 @@ class Draft:
         samples = updates * s.batch_size / self.m.world
         time = cost.train(config.n_layer, samples, self.tokens, self.answer_tokens, s.recompute)
         time += updates * cost.update(config.n_layer)
-        check, names = (self.compare, [s.model, s.teacher]) if s.teacher else (self.decode, [s.model])
-        time += evals * check(names, min(s.valid_limit, self.rows))
+        time += self.compare([s.model, s.teacher][: 1 + bool(s.teacher)], min(s.valid_limit, self.rows), evals)
         size = 16 * config.parameters + update_bytes(config, cost, self.m, s.micro_batch, s.max_tokens, s.recompute)
         if s.teacher:
             judge, judge_cost = self.shape(s.teacher)
@@ -248,15 +250,15 @@ class Draft:
         size = 4 * config.parameters + frozen_bytes(config, self.m)
         size += decode_bytes([config], self.m, s.batch_size, self.cfg.max_tokens)
         what = f"the teacher answers each of {self.rows:,} prompts"
-        return Line(name, what, 0, size, self.decode([s.model], self.rows))
+        return Line(name, what, 0, size, self.decode([s.model], self.rows, self.rows))
 
     def minillm(self) -> Line:
         cfg, m = self.cfg, self.m
         (student, cost), (judge, judge_cost) = self.shape(cfg.student), self.shape(cfg.teacher)
-        answers, samples = cfg.steps * cfg.minibatch / cfg.inner_epochs, cfg.steps * cfg.minibatch / m.world
-        validated = (cfg.steps / cfg.eval_every + 1) * min(cfg.valid_limit, self.rows)
-        both = [cfg.student, cfg.teacher]
-        time = self.compare(both, validated) + (self.take_turns(answers) if cfg.turns else self.decode(both, answers))
+        samples, both = cfg.steps * cfg.minibatch / m.world, [cfg.student, cfg.teacher]
+        answers = cfg.rollouts * math.ceil(cfg.steps * cfg.minibatch / cfg.rollouts / cfg.inner_epochs)
+        time = self.compare(both, min(cfg.valid_limit, self.rows), cfg.steps / cfg.eval_every + 1)
+        time += self.take_turns(answers) if cfg.turns else self.decode(both, answers, cfg.rollouts)
         time += cfg.steps * cost.update(student.n_layer)
         time += cost.train(student.n_layer, samples, self.tokens, self.answer_tokens, cfg.recompute)
         time += judge_cost.judge(0, samples, 0, self.answer_tokens)
@@ -276,12 +278,12 @@ class Draft:
 
     def evaluation(self, models: int) -> Line:
         cfg, m, (student, _), (judge, _) = self.cfg, self.m, self.shape(self.cfg.student), self.shape(self.cfg.teacher)
-        answers = len(data.load_rows(*cfg.test_split)) * cfg.eval_seeds * models
+        rows, times = len(data.load_rows(*cfg.test_split)), cfg.eval_seeds * models
         size = 4 * student.parameters + frozen_bytes(student, m) + frozen_bytes(judge, m)
         size += decode_bytes([student, judge], m, cfg.sample_batch, cfg.max_tokens)
-        what = f"{models} models, {cfg.eval_seeds} seeds: {answers:,} answers, and as many of the teacher"
+        what = f"{models} models, {cfg.eval_seeds} seeds: {rows * times:,} answers, and as many of the teacher"
         both = [cfg.student, cfg.teacher]
-        return Line("evaluate", what, 0, size, self.compare(both, answers) + self.compare(both[::-1], answers))
+        return Line("evaluate", what, 0, size, self.compare(both, rows, times) + self.compare(both[::-1], rows, times))
 
     def lines(self) -> list[Line]:
         """The stages that are still to do."""

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, check, command, flag, read_lines, run, written_aside
+from config import UserError, check, checksum, command, flag, read_lines, run, written_aside
 from data import HUB_SETS
 from distill import FREE
 from eval import LENGTHS
+from judge import samples
 
 SETS = tuple(HUB_SETS)
 # Table 1, GPT-2: Rouge-L on the five sets in this order, then GPT-4's score on the first three.
@@ -98,7 +99,13 @@ def read(path: Path) -> Found | None:
         if evaluated := next(filter(None, beside), None):
             model = evaluated.model
             content |= {name: evaluated.content[name] for name in ("data", "parameters")}
-    left_out = FREE | {"seed", "command", "bytes"} if kind == "training" else UNCHANGED
+            given = evaluated.settings | {name: value for name, value in given.items() if value is not None}
+        files = samples(given["answers"]), path.parent / "samples.jsonl"
+        answers = next((file for file in files if file.is_file()), None)
+        if answers and given.get("files") not in (None, checksum(answers)):
+            raise UserError(f"{path} has marks of other answers than are in {answers} now: run judge.py again, or "
+                            "remove it")
+    left_out = FREE | {"seed", "command", "checksums"} if kind == "training" else UNCHANGED
     left_out = left_out | ({"teacher", "corpus"} if kind == "evaluation" else set())
     settings = {name: unseeded(value) for name, value in given.items() if name not in left_out}
     if kind == "evaluation":  # of the model, for the teacher only adds to what is measured
@@ -121,8 +128,11 @@ def find(folders: Iterable[str]) -> list[Found]:
         if not items:
             raise UserError(f"{folder}: no results in it; they are written by distill.py, or by eval.py --out=FOLDER")
         for item in items:  # a teacher is evaluated beside each of its students; one model may be measured twice
-            key = (item.kind, item.model, item.data, repr(item.settings))
+            key = (item.kind, item.model, item.data, repr({**item.settings, "weights": None}))
             first = found.setdefault(key, item)
+            if first.settings.get("weights") != item.settings.get("weights"):
+                raise UserError(f"{first.path} and {item.path} are of {item.model} with different weights: remove the "
+                                "older")
             for part in {"evaluation": ["scores"], "calibration": ["tasks"]}.get(item.kind, []):
                 first.content[part] |= {name: of for name, of in item.content[part].items()
                                         if name not in first.content[part]}
@@ -274,9 +284,27 @@ def result_tables(evaluations: list[Found]) -> list[Table]:
             minutes = np.mean([item.content["seconds"] for item in group]) / 60
             rows.append([*row, f"{minutes:.1f}", f"{max(item.content['peak_gib'] for item in group):.1f}"])
         header = ["model", "runs", *metrics, *(["paper's rouge_l", "difference"] if paper else []), "minutes", "GiB"]
-        tables.append(Table(f"Results on {name}", f"{items[0].content['prompts']:,} prompts. Mean ± standard deviation "
+        prompts = sorted({item.content["prompts"] for item in items})
+        count = f"{prompts[0]:,}" + f" to {prompts[-1]:,}" * (len(prompts) > 1)
+        tables.append(Table(f"Results on {name}", f"{count} prompts. Mean ± standard deviation "
                             "over runs; for a single run over its seeds of sampling. Minutes of an evaluation, and the "
                             "most memory that its process had held by its end.", header, rows))
+    return tables
+
+
+def run_tables(evaluations: list[Found]) -> list[Table]:
+    """What lies behind a spread over runs: of each set valid, or else Rouge-L, and reverse KL, a column for a seed."""
+    tables, seed_of = [], lambda item: int((re.findall(r"(?:^|/)seed-(\d+)(?=/)", item.model) or ["0"])[-1])
+    for name, items in by_data(evaluations).items():
+        runs = {label: {seed_of(item): item.content["scores"] for item in group}
+                for label, group in grouped(items).items() if len(group) > 1}
+        seeds = sorted({seed for of in runs.values() for seed in of})
+        measured = {metric for of in runs.values() for scores in of.values() for metric in scores}
+        for metric in [m for m in ("valid", "rouge_l" * ("valid" not in measured), "reverse_kl") if m in measured]:
+            rows = [[label, *(f"{np.mean(of[seed][metric]):.2f}" if metric in of.get(seed, {}) else ""
+                              for seed in seeds)] for label, of in runs.items()]
+            tables.append(Table(f"Run by run on {name}: {metric}", "Each seed has models of its own: compare within a "
+                                "column.", ["model", *(f"seed {seed}" for seed in seeds)], rows))
     return tables
 
 
@@ -627,7 +655,8 @@ def main(cfg: Config) -> None:
     found = find(cfg.folders)
     kinds = ("evaluation", "training", "exposure", "calibration", "judge")
     evaluations, trainings, exposures, calibrations, judged = ([f for f in found if f.kind == kind] for kind in kinds)
-    tables = [*summary_table(evaluations), *result_tables(evaluations), *comparison(trainings, evaluations),
+    tables = [*summary_table(evaluations), *result_tables(evaluations), *run_tables(evaluations),
+              *comparison(trainings, evaluations),
               *exposure_table(exposures), *calibration_table(calibrations), *judge_table(judged)]
     figures = [*sweep_figure(trainings, evaluations), *training_figure(trainings, cfg.smooth),
                *exposure_figure(exposures), *length_figure(evaluations), *reliability_figure(calibrations)]

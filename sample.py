@@ -9,6 +9,7 @@ Left out: beam search (no equation needs it); paged caches and continuous batchi
 """
 
 import codecs
+import gc
 import math
 import sys
 import time
@@ -133,7 +134,7 @@ class Recorded:
         self.key, self.replay = None, None
 
     def __call__(self, key: tuple, function: Callable) -> None:
-        if key != self.key:
+        if key != self.key:  # a recording goes before there is another: they would share a workspace of cuBLAS
             self.key, self.replay = key, None
             return function()
         if self.replay is None:
@@ -143,9 +144,16 @@ class Recorded:
 
 def record(function: Callable) -> Callable:
     """Records the function without running it; what is returned runs."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, NCCL's, may go on
-        function()
+    graph, collecting = torch.cuda.CUDAGraph(), gc.isenabled()
+    gc.disable()  # what is collected in the midst may be something of the GPU's, which a recording does not bear
+    gc.freeze()  # torch before 2.9 collects before each recording: not among all rows of the data
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, NCCL's, may go on
+            function()
+    finally:
+        gc.unfreeze()
+        if collecting:
+            gc.enable()
     return graph.replay
 
 

@@ -32,6 +32,7 @@ from config import (
     Stopped,
     UserError,
     check,
+    checksum,
     clock,
     command,
     flag,
@@ -102,6 +103,8 @@ class Config:
               weight_decay=(0, 10), grad_clip=(1e-9, math.inf), dropout=(0, 0.99), valid_limit=(1, 10**9),
               evals=(1, 10**6), max_prompt_tokens=(1, 1022), max_tokens=(2, 1024), seed=(0, 2**62),
               log_every=(1, 10**9))
+        if os.path.normpath(self.model) == os.path.normpath(self.out):
+            raise UserError(f"--model={self.model} would be overwritten by its own result: give another --out")
         if self.epochs and self.updates:
             raise UserError("--epochs and --updates both say how long to train: give one")
         if not data.is_text(self.data):
@@ -241,8 +244,8 @@ def is_finished(out: Path, cfg, free: set[str]) -> bool:
             if name not in free and old[name] != value:
                 raise UserError(f"{out} was made with --{name}={old[name]}, now it is {value}: choose another --out, "
                                 "or remove that folder")
-        for name, size in old.get("bytes", {}).items():
-            if data.local_bytes(getattr(cfg, name)) not in (size, None):  # a finished run's may be gone
+        for name, noted in old.get("checksums", {}).items():
+            if checksum(getattr(cfg, name)) not in (noted, None):  # a finished run's may be gone
                 raise UserError(f"{out} was made with another content of --{name}={getattr(cfg, name)}: choose another "
                                 "--out, or remove that folder")
         if not finished and not cfg.resume:
@@ -284,9 +287,10 @@ def load_state(out: Path, cfg, model: GPT, optimizer, scaler, m: Machine) -> tup
             scaler.load_state_dict(state["scaler"])
         logged = state["step"]
     if m.rank == 0:
-        sizes = {name: data.local_bytes(getattr(cfg, name, None)) for name in ("data", "valid_data", "corpus")}
-        sizes = {name: size for name, size in sizes.items() if size is not None}
-        write_json(out / "run.json", asdict(cfg) | {"command": command(), "bytes": sizes})
+        names = ("data", "valid_data", "corpus", "model", "teacher", "student")
+        noted = {name: checksum(getattr(cfg, name, None)) for name in names}
+        noted = {name: value for name, value in noted.items() if value is not None}
+        write_json(out / "run.json", asdict(cfg) | {"command": command(), "checksums": noted})
     if m.rank == 0 and (out / "log.jsonl").is_file():
         lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         with written_aside(out / "log.jsonl") as aside:
@@ -316,6 +320,8 @@ def validate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
              teacher: GPT | None = None) -> tuple[dict, list[dict]]:
     """Held-out loss and, on instructions, the metrics of one answer to each prompt; always the same draws."""
     scores = {"loss": held_out_loss(model, examples, m)}
+    if not math.isfinite(scores["loss"]):  # no other would ever be better than NaN
+        raise UserError(f"the validation loss is {scores['loss']}: lower --lr, or give --dtype=float32")
     if isinstance(examples, data.Pieces):
         return scores, []
     means, answers = evaluate(model, tokenizer, examples, m, teacher, progress="validating",

@@ -11,7 +11,7 @@ import torch
 import data
 import distill
 from config import Machine, UserError, make
-from model import GPT, GPTConfig, new, new_config, save
+from model import GPT, GPTConfig, load, new, new_config, save
 
 collect_ignore = []
 asked_for = [word.partition("::")[0] for word in sys.argv if word[:1] != "-"]
@@ -70,6 +70,13 @@ def gpt2():
 def weights(folder) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
     return load_file(Path(folder) / "model.safetensors")
+
+
+def change_weights(folder: str | Path) -> None:
+    """Other weights in the place of a folder's."""
+    model = load(str(folder))
+    model.wte.weight.data[0] += 0.1
+    save(model, Path(folder))
 
 
 def refused(function, *words: str) -> str:

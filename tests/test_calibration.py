@@ -3,12 +3,11 @@
 import dataclasses
 import json
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_gpt, refused
+from conftest import change_weights, random_gpt, refused
 
 import calibration
 import data
@@ -224,9 +223,11 @@ def test_results_can_be_made_again_from_the_lines_and_are_kept(settings, tmp_pat
     (tmp_path / "dev.tsv").write_text("sentence\tlabel\n" + "good\t1\n" * 4)  # other rows under the same name
     assert calibration.main(cfg)["tasks"]["sst2"]["examples"] == 4
     capsys.readouterr()
-    os.utime(tmp_path / "model" / "model.safetensors", (0, 0))  # other weights
-    assert calibration.main(cfg) and "measured earlier" not in capsys.readouterr().out
-    few = calibration.main(dataclasses.replace(cfg, limit=3))  # other flags
+    change_weights(tmp_path / "model")
+    assert calibration.main(cfg) and "made earlier" not in capsys.readouterr().out
+    few = dataclasses.replace(cfg, limit=3)
+    refused(lambda: calibration.main(few), "results made without --limit, and with --limit=3 some would be lost")
+    few = calibration.main(dataclasses.replace(few, out=None))
     assert [of["examples"] for of in few["tasks"].values()] == [3, 3]
 
 

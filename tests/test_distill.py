@@ -232,7 +232,7 @@ def test_settings_that_cannot_work():
         cfg = make(Config, {role: "1x2x8", choice: "no"}, distill.presets)
         refused(lambda cfg=cfg: distill.stages(cfg), f"--{role}=1x2x8 is new", f"--{choice}")
     itself = make(Config, dict(teacher="out/x/teacher", finetune_teacher="yes", out="out/x"), distill.presets)
-    refused(lambda: distill.stages(itself), "begin with out/x/teacher and be written there")
+    refused(lambda: distill.stages(itself), "--model=out/x/teacher would be overwritten by its own result")
     refused(lambda: Config(clip_eps=-1.0), "--clip_eps=-1.0 is out of range")
 
 
@@ -499,6 +499,10 @@ def test_a_loss_that_is_no_number_is_named(distill_config, tmp_path, monkeypatch
     monkeypatch.undo()
     monkeypatch.setattr(supervised, "answer_loss", lambda *a: (torch.zeros(()), torch.tensor(math.inf)))
     refused(lambda: distill.distil(distill_config(out=str(tmp_path / "b"))), "stopped at update 1", "loss_pt is inf")
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: torch.tensor(math.inf))
+    refused(lambda: distill.distil(distill_config(out=str(tmp_path / "c"))), "c/minillm: stopped at update 1",
+            "the gradient's norm is inf")
 
 
 def test_reverse_kl_falls(distill_config, tmp_path):
@@ -675,7 +679,9 @@ def test_explain_says_what_its_settings_make_of_a_column():
     assert official["r_t"] == "(2) log p - log q, times 2, clipped at 100" and official["L_Single"] == "(7) KL"
     assert official["R_t"] == "(6) the mean of r_t and the r that follow, discounted by 0.95, whitened"
     assert "the sum of" in said(length_norm=False)["R_t+1"] and "off" in said(long_term=False)["L_Long"]
-    assert "js divergence" in said(divergence="js")["L_Single"]
+    assert "js divergence" in said(divergence="js")["L_Single"] and said()["log p~"].startswith("(4) the mixture's")
+    assert said(source="gold")["log p~"] == " the student's as of then: this answer is a reference"
+    assert said(source="teacher")["log p~"] == " the teacher's alone, from which it was drawn"
 
 
 PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 1, 2]]

@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import math
+import os
+import shutil
 
 import pytest
 import torch
-from conftest import random_gpt, refused
+from conftest import change_weights, random_gpt, refused
 
 import data
 import eval as evaluation
+import world
 from data import Example, Row
 from eval import evaluate, exact_match, held_out_loss, rouge_l
 from model import load, save
@@ -192,6 +195,55 @@ def test_results_are_kept_for_the_file_that_they_were_made_with(tiny_models, tmp
             rows.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
         assert evaluation.main(cfg)["prompts"] == 1 + changed
         assert ("made earlier" in capsys.readouterr().out) == kept
+
+
+def test_results_are_kept_for_the_weights_and_the_text_that_they_were_made_with(tiny_models, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("".join(world.text()[:100]))
+    shutil.copytree(tiny_models["student"], tmp_path / "model")
+    cfg = evaluation.Config(model=str(tmp_path / "model"), data="tiny", seeds=1, limit=2, max_response_tokens=4,
+                            corpus=str(tmp_path / "text.txt"), out=str(tmp_path / "out"), dtype="float32", device="cpu")
+    evaluation.main(cfg)
+    moved = lambda: os.utime(tmp_path / "model" / "model.safetensors", (1, 1))  # copied to another machine, say
+    more = lambda: (tmp_path / "text.txt").write_text("".join(world.text()[100:200]))
+    for change, kept in ((moved, True), (lambda: change_weights(cfg.model), False), (more, False), (moved, True)):
+        change()
+        capsys.readouterr()
+        evaluation.main(cfg)
+        assert ("made earlier" in capsys.readouterr().out) == kept
+
+
+def test_the_loss_on_plain_text_is_of_that_text(tiny_models, tmp_path, m):
+    (tmp_path / "text.txt").write_text("".join(world.text()[:100]))
+    cfg = evaluation.Config(model=tiny_models["student"], data="tiny", seeds=1, limit=2, max_response_tokens=4,
+                            corpus=str(tmp_path / "text.txt"), out=str(tmp_path / "out"), dtype="float32", device="cpu")
+    (loss,) = evaluation.main(cfg)["scores"]["text_loss"]
+    model, tokenizer = load(tiny_models["student"]), data.load_tokenizer(tiny_models["student"])
+    pieces = data.Pieces(data.load_corpus(cfg.corpus, tokenizer, tmp_path / "corpus", m), model.config.n_positions)
+    tokens = torch.tensor([piece.prompt + piece.response for piece in pieces])
+    with torch.no_grad():
+        logits = model.logits(model(tokens[:, :-1]))
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss == pytest.approx(want.item())
+
+
+def test_the_length_group_goes_by_the_first_reference(tiny_models, tmp_path):
+    outputs = ["Anna saw a cat.", "Anna saw a red cat and she fed it in the garden."]
+    row = {"instruction": "Tell about the cat", "output": outputs}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    cfg = evaluation.Config(model=tiny_models["student"], data=str(tmp_path / "mine.jsonl"), seeds=1, device="cpu",
+                            max_response_tokens=4)
+    assert list(evaluation.main(cfg)["rouge_l_by_length"]) == ["[0,5]"]
+
+
+def test_results_of_more_are_not_lost_to_a_try(tiny_models, tmp_path):
+    cfg = evaluation.Config(model=tiny_models["student"], data="tiny", seeds=2, limit=3, max_response_tokens=2,
+                            out=str(tmp_path), device="cpu")
+    evaluation.main(cfg)
+    for name, fewer in (("limit", 2), ("seeds", 1)):
+        try_it = dataclasses.replace(cfg, **{name: fewer})
+        refused(lambda cfg=try_it: evaluation.main(cfg), f"holds results made with --{name}=", "some would be lost")
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 6
+    assert evaluation.main(dataclasses.replace(cfg, limit=None, max_response_tokens=1))["prompts"] == 300
 
 
 def test_commands_that_cannot_work(tiny_models, tmp_path):

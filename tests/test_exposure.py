@@ -2,11 +2,12 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_gpt, refused
+from conftest import change_weights, random_gpt, refused
 
 import exposure
 from exposure import errors, excess
@@ -69,7 +70,8 @@ def test_samples_go_on_and_batches_change_nothing(m):
 
 
 def test_the_command(tiny_models, tmp_path, capsys):
-    settings = dict(model=tiny_models["student"], teacher=tiny_models["teacher"], limit=4, samples=2, device="cpu",
+    model = str(shutil.copytree(tiny_models["student"], tmp_path / "q"))
+    settings = dict(model=model, teacher=tiny_models["teacher"], limit=4, samples=2, device="cpu",
                     max_response_tokens=6, dtype="float32", out=str(tmp_path))
     results = exposure.main(exposure.Config(**settings))
     printed = capsys.readouterr().out
@@ -77,7 +79,10 @@ def test_the_command(tiny_models, tmp_path, capsys):
     assert json.loads((tmp_path / "exposure.json").read_text()) == results
     assert all(low <= value <= high for low, value, high in zip(*(results[k] for k in ("low", "ex_acc_err", "high"))))
     assert exposure.main(exposure.Config(**settings)) == results and "kept" in capsys.readouterr().out
-    itself = exposure.main(exposure.Config(**settings | dict(teacher=tiny_models["student"], out=None)))
+    change_weights(settings["model"])
+    again = exposure.main(exposure.Config(**settings))
+    assert again["R"] != results["R"] and "kept" not in capsys.readouterr().out
+    itself = exposure.main(exposure.Config(**settings | dict(teacher=model, out=None)))
     assert itself["ex_acc_err"] == [None] * 6 and itself["R"] == [0.0] * 6  # no error, no share of it
 
 

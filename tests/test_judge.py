@@ -149,7 +149,7 @@ def test_the_score_by_hand(config, server, capsys):
     assert (results["judged"], results["unscored"], results["prompts"], results["kind"]) == (4, 0, 2, "reference")
     assert results["usage"] == {"calls": 8, "prompt_tokens": 800, "completion_tokens": 24}
     assert results["dollars"] is None
-    assert json.loads((Path(config().answers) / "judge.json").read_text()) == results
+    assert json.loads((Path(config().answers) / "judge-j.json").read_text()) == results
     printed = capsys.readouterr().out
     assert "8 calls, 8 not yet made" in printed and "62.50" in printed and "43.75 to 100.00" in printed
     request = server.requests[0]
@@ -195,7 +195,7 @@ def test_win_tie_and_loss_by_hand(config, tmp_path, capsys):
     assert results["marks"] == {"model": pytest.approx(10 / 3), "other": pytest.approx(17 / 3)}
     assert results["kind"] == "pairwise" and "score" not in results
     assert "left out: 3 answers without a partner" in capsys.readouterr().out
-    assert json.loads((Path(cfg.answers) / "judge-against-other-set.json").read_text()) == results
+    assert json.loads((Path(cfg.answers) / judge.file_of(cfg)).read_text()) == results
     nothing = write(tmp_path / "nothing", [answer(30, 0, 5)])
     refused(lambda: judge.main(config(against=nothing)), "no seed, instruction and input in common")
 
@@ -225,6 +225,16 @@ def test_equal_questions_are_asked_once(config, server, tmp_path):
 def test_limit_takes_the_first_prompts_of_every_seed(config, server):
     results = judge.main(config(limit=1))
     assert results["score_by_seed"] == {"10": 75.0, "20": 12.5} and len(server.requests) == 4
+
+
+def test_another_judge_or_rival_has_a_file_of_its_own(config, tmp_path):
+    """Two runs of distill.py differ in the folders above test/minillm only."""
+    rivals = [write(tmp_path / run / "test" / "minillm", ROWS) for run in "ab"]
+    settings = [{}, {"judge": "org/other model"}, {"against": rivals[0]}, {"against": rivals[1]}]
+    results = [judge.main(config(**given)) for given in settings]
+    files = [Path(config().answers) / judge.file_of(config(**given)) for given in settings]
+    assert [json.loads(file.read_text()) for file in files] == results and len(set(files)) == 4
+    assert [file.name for file in files[:2]] == ["judge-j.json", "judge-org-other-model.json"]
 
 
 # ---- money ----------------------------------------------------------------------------------------------------------
@@ -311,8 +321,8 @@ def test_comparisons_without_marks_are_left_out_and_counted(config, server, caps
 def test_if_most_have_no_marks_the_results_are_written_and_an_error_says_so(config, server):
     rule = server.rule
     server.rule = lambda messages: rule(messages) if "mark 6" in messages[1]["content"] else "no"
-    refused(lambda: judge.main(config()), "3 of 4 comparisons have no marks", "judge.json is of the others only")
-    written = json.loads((Path(config().answers) / "judge.json").read_text())
+    refused(lambda: judge.main(config()), "3 of 4 comparisons have no marks", "judge-j.json is of the others only")
+    written = json.loads((Path(config().answers) / "judge-j.json").read_text())
     assert written["score"] == 75.0 and written["unscored"] == 3
 
 
@@ -323,7 +333,7 @@ def test_if_most_have_no_marks_the_results_are_written_and_an_error_says_so(conf
 def test_what_is_no_reply_counts_as_one_that_cannot_be_read(config, server, body):
     server.always((200, {}, body))
     refused(lambda: judge.main(config(tries=1, limit=1)), "2 of 2 comparisons have no marks")
-    assert not (Path(config().answers) / "judge.json").exists() and cached(config()) == []
+    assert not (Path(config().answers) / "judge-j.json").exists() and cached(config()) == []
 
 
 @pytest.mark.parametrize("headers", [{"Content-Length": "9999"}, {"Content-Encoding": "gzip"}])
@@ -363,7 +373,7 @@ def test_a_server_that_fails_for_good_costs_nothing_twice(config, server):
     rule, server.replies = server.rule, ["6 8", "8 6", "3 4"]
     server.always((500, {}, KEY.encode()))
     message = refused(lambda: judge.main(config(workers=1)), "answers 500", "3 replies are kept in", "the same command")
-    assert KEY not in message and not (Path(config().answers) / "judge.json").exists()
+    assert KEY not in message and not (Path(config().answers) / "judge-j.json").exists()
     assert len(server.requests) == 3 + 1 + judge.RETRIES and len(cached(config())) == 3
     server.rule, server.requests = rule, []
     assert judge.main(config())["score"] == 62.5 and len(server.requests) == 5

@@ -131,8 +131,16 @@ def test_taking_turns_costs_each_model_its_share_of_steps_and_a_pass_over_the_re
 def test_comparing_decodes_with_one_model_and_reads_once_with_both(distill_config, m):
     draft = plan.Draft(distill_config(sample_batch=20, max_tokens=40), [], m)
     draft.shape, draft.longest = lambda name: (GPTConfig({"q": 2, "p": 4}[name]), COST), 8
-    want = 60 / 20 * 8 * COST.step(2) + COST.judge(2, 60, 40, 8) + COST.judge(4, 60, 40, 8)
-    assert draft.compare(["q", "p"], 60) == pytest.approx(want)
+    of_two = 3 * 8 * COST.step(2) + COST.judge(2, 50, 40, 8) + COST.judge(4, 50, 40, 8)  # the third batch is of 10
+    assert draft.compare(["q", "p"], 50, 7) == pytest.approx(7 * of_two)
+    assert draft.compare(["q"], 50, 1) == pytest.approx(3 * 8 * COST.step(2))
+
+
+def test_small_collections_are_not_decoded_together(distill_config, m):
+    """Four collections of 24 answers, of which each of two processes decodes its 12 at once."""
+    draft = plan.Draft(distill_config(sample_batch=20), [], replace(m, world=2))
+    draft.shape, draft.longest = lambda name: (GPTConfig(2), COST), 8
+    assert draft.decode(["q", "p"], 4 * 24, 24) == pytest.approx(4 * 8 * 2 * COST.step(2))
 
 
 def test_every_pair_on_one_to_eight_devices(distill_config, monkeypatch, capsys, tmp_path):

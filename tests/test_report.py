@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from conftest import refused
 import distill
 import exposure
 import report
+from config import checksum
 from report import comparison, curve, differing, figure_of, find, result_tables, smooth
 
 SETTINGS = ("no_repeat_ngram", "limit", "split", "weights")
@@ -211,9 +213,27 @@ def test_judgements_are_read_as_they_are_written(tmp_path):
     evaluation(tmp_path, "MiniLLM/KD-gpt2-120M", "dolly", parameters=124_439_808)  # of the answers that were judged
     found = [item for item in find([str(tmp_path)]) if item.kind == "judge"]
     beside = {row[3][:4]: row[:2] + row[4:5] for row in report.judge_table(found)[0].rows}
+    part = tmp_path / "part"
+    evaluation(part, "MiniLLM/KD-gpt2-120M", "dolly", parameters=124_439_808, limit=20)
+    (part / "judge.json").write_text((tmp_path / "judge.json").read_text())
+    judged = [item for item in find([str(part)]) if item.kind == "judge"]
+    assert [report.of_paper(item, score=True) for item in judged] == [None]
+    shutil.rmtree(part)
     (tmp_path / "results.json").write_text('{"best": {}}')  # of training, whose answers can be judged too
     assert len(find([str(tmp_path)])) == 2
     assert beside == {"win ": ["KD-gpt2-120M", "dolly", ""], "44.7": ["KD-gpt2-120M", "dolly", "40.3"]}
+
+
+def test_marks_of_answers_that_are_gone_are_not_shown(tmp_path):
+    evaluation(tmp_path, "out/m", "dolly")
+    samples = tmp_path / "samples.jsonl"
+    given = {"answers": str(tmp_path), "against": None, "judge": "j", "files": checksum(samples)}
+    (tmp_path / "judge-j.json").write_text(json.dumps({
+        "command": "python judge.py", "given": given, "kind": "reference", "score": 1.0, "interval": [1, 2],
+        "judged": 1, "unscored": 0}))
+    assert len(find([str(tmp_path)])) == 2
+    samples.write_text(samples.read_text() + "\n")
+    refused(lambda: find([str(tmp_path)]), "judge-j.json has marks of other answers", "run judge.py again")
 
 
 def calibrated(folder, model, probabilities, labels, task="boolq", bins=5):
@@ -306,6 +326,23 @@ def test_what_was_measured_otherwise_is_a_row_of_its_own(tmp_path):
     evaluation(tmp_path / "c", "out/m", "dolly", (10.0, 10.0), no_repeat_ngram=0)  # the first once more
     assert [row[:3] for row in result_tables(find([str(tmp_path)]))[0].rows] == [
         ["m (no_repeat_ngram=0)", "1", "10.00 ± 0.00"], ["m (no_repeat_ngram=6)", "1", "90.00 ± 0.00"]]
+
+
+def test_two_evaluations_of_different_weights_are_not_two_runs(tmp_path):
+    for name, weights in (("a", [1, None]), ("b", [2, None])):
+        evaluation(tmp_path / name, "out/m", "dolly", weights=weights)
+    refused(lambda: find([str(tmp_path)]), "are of out/m with different weights: remove the older")
+
+
+def test_each_seed_is_shown_where_several_are(tmp_path):
+    for seed, valid in ((1, 90.0), (2, 70.0), (10, 50.0)):
+        run_of(tmp_path, seed, "start", valid)
+    run_of(tmp_path, 2, "other", 60.0, gamma=0.5)
+    run_of(tmp_path, 10, "other", 40.0, gamma=0.5)
+    evaluation(tmp_path / "alone", "out/alone", valid=[1.0])
+    (table,) = report.run_tables([f for f in find([str(tmp_path)]) if f.kind == "evaluation"])
+    assert table.title == "Run by run on tiny: valid" and table.header == ["model", "seed 1", "seed 2", "seed 10"]
+    assert table.rows == [["start/minillm", "90.00", "70.00", "50.00"], ["other/minillm", "", "60.00", "40.00"]]
 
 
 def test_a_part_of_a_set_is_not_set_beside_the_papers_figure(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from torch._dynamo.utils import counters
 import teacher as supervised
 from config import make
 from data import Example, Row
-from model import GPTConfig, save
+from model import GPTConfig, load, save
 from teacher import answer_loss, keep_best, schedule
 
 
@@ -173,13 +174,32 @@ def test_a_run_does_not_go_on_with_other_rows(config, tmp_path, monkeypatch):
     rows.write_text((json.dumps(row) + "\n") * 20)
     cfg = config(data=str(rows), valid_data="tiny", updates=1, evals=1)
     supervised.main(cfg)
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["bytes"] == {"data": rows.stat().st_size}
     os.utime(rows, (0, 0))  # copied to another machine, say
     supervised.main(cfg)
-    rows.write_text((json.dumps(row) + "\n") * 21)
+    rows.write_text((json.dumps(row) + "\n").replace("cat", "owl") * 20)  # as many bytes
     refused(lambda: supervised.main(cfg), f"another content of --data={rows}", "choose another --out")
     rows.unlink()
     assert supervised.main(cfg)["updates"] == 1
+
+
+def test_a_run_does_not_go_on_with_other_weights(config, tmp_path, tiny_models):
+    shutil.copytree(tiny_models["teacher"], tmp_path / "p")
+    cfg = config(teacher=str(tmp_path / "p"), updates=1, evals=1)
+    supervised.main(cfg)
+    supervised.main(cfg)
+    save(random_gpt(5, **{name: getattr(load(tiny_models["teacher"]).config, name) for name in
+                          ("vocab_size", "n_positions", "eos_token_id")}), tmp_path / "p")
+    refused(lambda: supervised.main(cfg), f"another content of --teacher={tmp_path / 'p'}", "choose another --out")
+
+
+def test_a_validation_that_is_no_number_is_never_the_best(config, monkeypatch, tmp_path):
+    monkeypatch.setattr(supervised, "held_out_loss", lambda *given: math.nan)
+    refused(lambda: supervised.main(config(updates=1, evals=1, select="loss")), "the validation loss is nan")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_model_is_not_overwritten_by_its_own_result(config, tmp_path):
+    refused(lambda: config(model="out/a", out="out/b/../a/"), "--model=out/a would be overwritten")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
