@@ -34,7 +34,7 @@ from torch import Tensor
 
 import distill
 import teacher as supervised
-from config import Machine, UserError, check, flag, machine, run
+from config import Machine, UserError, check, check_place, flag, machine, run
 from data import Example, Row
 from eval import rouge_l
 from model import GPT, GPTConfig, frozen, is_shape, trained
@@ -73,12 +73,14 @@ class Config:
     def __post_init__(self):
         check(self, batch=(1, 10**5), micro_batch=(1, 10**5), prompt_tokens=(1, 1022), pt_tokens=(0, 1024),
               rollouts=(1, 10**5), inner_epochs=(1, 1000), sft_tokens=(2, 1024), repeats=(1, 1000))
+        check_place(self, file="figure")
         for part in self.parts.split(","):
             if part not in PARTS:
                 raise UserError(f"--parts={self.parts}: {part!r} is none of {', '.join(PARTS)}")
         for name in (self.student, self.teacher):
             if not is_shape(name):
                 raise UserError(f"{name!r} is no LAYERSxHEADSxWIDTH, such as 12x12x768")
+            GPTConfig(*map(int, name.split("x")))
         for length in self.response_tokens.split(","):
             if not length.isdecimal() or not 0 < int(length) <= 1024 - self.prompt_tokens:
                 raise UserError(f"--response_tokens={self.response_tokens}: {length!r} is no number from 1 to "

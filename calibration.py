@@ -22,7 +22,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from config import Machine, UserError, check, checksum, command, flag, machine, run, write_json, write_lines
+from config import (
+    Machine,
+    UserError,
+    check,
+    check_place,
+    checksum,
+    command,
+    flag,
+    machine,
+    run,
+    write_json,
+    write_lines,
+)
 from data import Row
 from eval import earlier
 from model import GPT, by_chunks, frozen, load, predicting
@@ -177,8 +189,7 @@ class Config:
         check(self, bins=(1, 1000), limit=(1, 10**9), batch_size=(1, 10**5))
         if not all((self.data or "").split(",")):
             raise UserError("give --data: BoolQ's .jsonl, SST-2's dev.tsv, or both with one comma between")
-        if self.out and Path(self.out).is_file():
-            raise UserError(f"--out={self.out} is a file: give the name of a folder")
+        check_place(self, "out")
 
 
 def main(cfg: Config) -> dict:

@@ -50,9 +50,10 @@ class Stopped(Exception):
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
-def flag(default, help: str):
-    """A field of a Config: its default, and one phrase that --help prints."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def flag(default, help: str, may_be_empty: bool = False):
+    """A field of a Config: its default, and one phrase that --help prints. --name= is a mistake unless it may be empty:
+    a path of no letters would be the present folder."""
+    return dataclasses.field(default=default, metadata={"help": help, "may_be_empty": may_be_empty})
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,6 +81,11 @@ def parse(Config: type, argv: list[str], presets: Callable[[dict], dict] | None 
         more = {"nargs": "?", "const": True} if kind is bool else {"choices": choices}
         parser.add_argument(names[field.name], type=READERS[kind], default=argparse.SUPPRESS,
                             help=help.replace("%", "%%"), metavar=kind.__name__.upper(), **more)
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError:  # nor could it be noted beside a result
+            parser.error(f"{word!r} is not UTF-8 text")
     given, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
@@ -93,6 +99,9 @@ def parse(Config: type, argv: list[str], presets: Callable[[dict], dict] | None 
             given[name] = tuple(given[name])
             if hints[name] != tuple[str, ...]:  # argparse takes "--" for no value at all
                 parser.error(f"argument --{name}: a value is missing")
+        for field in dataclasses.fields(Config):
+            if given.get(field.name) == "" and not field.metadata["may_be_empty"]:
+                parser.error(f"--{field.name}= is empty: give a value, or leave the flag out")
         return make(Config, given, presets)
     except UserError as error:
         parser.error(str(error))
@@ -133,8 +142,24 @@ def check(cfg, **ranges: tuple[float, float]) -> None:
             raise UserError(f"--{name}={value} is out of range: it must lie between {low} and {high}")
 
 
+def check_place(cfg, folder: str = "", file: str = "") -> None:
+    """Raises UserError, before there is any work, if nothing can be written to the path in a field: that of a folder,
+    which there may not be yet, or that of a file in one."""
+    name, path = folder or file, getattr(cfg, folder or file)
+    if path is None:
+        return
+    if file and os.path.isdir(path):
+        raise UserError(f"--{name}={path} is a folder: give the name of a file")
+    for place in (Path(path) if folder else Path(path).parent, *Path(path).parents):
+        if os.path.lexists(place) and not os.path.isdir(place):
+            raise UserError(f"--{name}={path}: {place} is a file, and no folder to write into")
+
+
 def run(main: Callable, Config: type, presets: Callable[[dict], dict] | None = None) -> None:
     """What stands under `if __name__ == "__main__"`: flags in, main, mistakes out in one line with exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal without the letter "±" is no reason to stop
+            stream.reconfigure(errors="replace")
     cfg = parse(Config, sys.argv[1:], presets)
     before = signal.signal(signal.SIGTERM, stop_now)
     try:
@@ -145,9 +170,16 @@ def run(main: Callable, Config: type, presets: Callable[[dict], dict] | None = N
         stop = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
         print(f"{os.path.basename(sys.argv[0])}: {stop}", file=sys.stderr)
         sys.exit(128 + stop.signum)
-    except (UserError, OSError, torch.cuda.OutOfMemoryError) as error:
-        if os.environ.get("MINILLM_DEBUG"):
+    except BrokenPipeError:  # data.py | head
+        drop_output()
+        sys.exit(128 + 13)  # as a shell says of SIGPIPE
+    except (UserError, OSError, RuntimeError) as error:
+        too_much = "can't allocate memory" in str(error)  # a RuntimeError, on a CPU
+        known = too_much or isinstance(error, UserError | OSError | torch.cuda.OutOfMemoryError)
+        if not known or os.environ.get("MINILLM_DEBUG"):
             raise
+        if too_much:
+            error = f"there is not so much memory ({str(error).rpartition('memory: ')[2][:60]}): take a smaller model"
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             error = f"{error}: make room; what was written before is whole, and a run goes on from it with --resume"
         if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -156,6 +188,11 @@ def run(main: Callable, Config: type, presets: Callable[[dict], dict] | None = N
         sys.exit(2)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def drop_output() -> None:
+    """Whoever read the output reads no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def stop_now(signum: int, frame) -> typing.NoReturn:
@@ -260,7 +297,10 @@ class Machine:
     def say(self, *words) -> None:
         """Prints, on the first process only."""
         if self.rank == 0:
-            print(*words, flush=True)
+            try:
+                print(*words, flush=True)
+            except BrokenPipeError:  # hours of training do not end with a reader's `| head`
+                drop_output()
 
 
 def keep_freed_memory() -> None:
@@ -280,7 +320,11 @@ def machine(device: str = "auto", dtype: str = "auto", vocab_chunk: int | None =
 
     dtype auto: bfloat16 where the device multiplies it natively, else float16 on CUDA and float32 on the CPU. Logits of
     128 positions fit into a CPU's caches: 1,024 at a time made a training step there five times slower."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        world = int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError:
+        raise UserError("RANK, WORLD_SIZE and LOCAL_RANK in the environment are torchrun's: unset them") from None
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -294,7 +338,7 @@ def machine(device: str = "auto", dtype: str = "auto", vocab_chunk: int | None =
             raise UserError(f"--device={device}, but this PyTorch sees no CUDA device; use --device=cpu")
         if world > 1 and place.index is not None:
             raise UserError(f"--device={device} is one GPU for {world} processes; give --device=cuda, one for each")
-        index = int(os.environ.get("LOCAL_RANK", 0)) if place.index is None else place.index
+        index = local if place.index is None else place.index
         if index >= torch.cuda.device_count():
             raise UserError(f"there is no GPU number {index}: this machine has {torch.cuda.device_count()}, from 0 on")
         place = torch.device("cuda", index)
@@ -373,7 +417,7 @@ def read_json(path: Path) -> dict:
     """The object in a .json file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object: remove it, or fetch it again")

@@ -204,7 +204,8 @@ def world_tokenizer() -> tiktoken.Encoding:
 
 def word_tokenizer(words: list[str]) -> tiktoken.Encoding:
     """An encoding with one token for each of these words."""
-    pattern = "|".join(word.replace(".", r"\.") for word in sorted(words, key=len, reverse=True))
+    special = re.compile(r"([.^$*+?{}()|\[\]\\])")
+    pattern = "|".join(special.sub(r"\\\1", word) for word in sorted(words, key=len, reverse=True))
     return tiktoken.Encoding("words", pat_str=pattern, special_tokens={END: len(words)},
                              mergeable_ranks={word.encode(): i for i, word in enumerate(words)})
 
@@ -214,14 +215,26 @@ def tokenizer_for(data: str) -> tiktoken.Encoding:
     return world_tokenizer() if data in ("tiny", "tiny-text") else gpt2_tokenizer()
 
 
+# Some of GPT-2's tokens as its vocabulary spells them. GPT-2s of other languages have as many, but others.
+OF_GPT2 = {"Ġthe": 262, "Ġand": 290, "Ġof": 286, "ing": 278, "ĠEnglish": 3594}
+
+
 def load_tokenizer(model: str) -> tiktoken.Encoding:
     """The tokenizer of a model: words if it is a folder whose tokenizer.json says so, else GPT-2's.
 
     Raises UserError if the model is not there, or was made for another vocabulary."""
     config, path = read_config(model), Path(model) / "tokenizer.json"
-    raw = read_json(path).get("model", {}) if path.is_file() else {}
+    raw = read_json(path).get("model") if path.is_file() else {"vocab": OF_GPT2}
+    vocab = raw.get("vocab") if isinstance(raw, dict) else None
+    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
+        raise UserError(f"{path} is damaged: it has no vocabulary, each token with its number")
     if raw.get("type") == "WordLevel":
-        tokenizer = word_tokenizer([word for word in sorted(raw["vocab"], key=raw["vocab"].get) if word != END])
+        words = [word for word in sorted(vocab, key=vocab.get) if word != END]
+        if [vocab[word] for word in words] != list(range(len(words))) or not all(word.isascii() for word in words):
+            raise UserError(f"{path} is no vocabulary of a built-in world: its words are not numbered from 0 on")
+        tokenizer = word_tokenizer(words)
+    elif any(vocab.get(token) != i for token, i in OF_GPT2.items()):
+        raise UserError(f"{path} is not GPT-2's vocabulary: here text is read and written by that alone")
     else:
         tokenizer = gpt2_tokenizer()
     if (config.vocab_size, config.eos_token_id) != (tokenizer.n_vocab, tokenizer.eot_token):
@@ -334,7 +347,8 @@ def load_corpus(name: str, tokenizer: tiktoken.Encoding, folder: Path, m: Machin
         documents = text_documents(files)
     key = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files] + [tokenizer.name])
     path = folder / f"{Path(name).stem.replace(':', '-')}-{hashlib.sha1(key.encode()).hexdigest()[:12]}.bin"
-    if m.rank == 0 and not path.exists():
+    whole = path.exists() and path.stat().st_size and path.stat().st_size % 2 == 0
+    if m.rank == 0 and not whole:
         m.say(f"corpus {name}: tokenising once, into {path}")
         with written_aside(path) as aside, open(aside, "wb") as file:
             while batch := list(islice(documents, 512)):

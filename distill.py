@@ -34,6 +34,7 @@ from config import (
     Stopped,
     UserError,
     check,
+    check_place,
     checksum,
     clock,
     flag,
@@ -172,7 +173,8 @@ class Config:
     corpus: str = flag("tiny-text", "plain text, D_PT: tiny-text, FILE.txt, a folder of them, or openwebtext: the "
                                     "first of its files, 306 MB; openwebtext:3 takes three")
     out: str = flag("out/tiny", "folder of all stages")
-    baselines: str = flag("sft,kd,seqkd", "train these too, from --student on, of sft, kd and seqkd; empty for none")
+    baselines: str = flag("sft,kd,seqkd", "train these too, from --student on, of sft, kd and seqkd; empty for none",
+                          may_be_empty=True)
     finetune_teacher: Literal["auto", "yes", "no"] = flag("auto", "fine-tune p on D first; auto: if new or as released")
     init_student: Literal["auto", "yes", "no"] = flag("auto", "phase 1 of Algorithm 1 first; auto: likewise")
     explain: bool = flag(False, "show the first update of phase 2 token by token, with the equations, and stop")
@@ -237,6 +239,7 @@ class Config:
               grad_clip=(1e-9, math.inf), weight_decay=(0, 10), max_prompt_tokens=(1, 1022), max_tokens=(2, 1024),
               eval_every=(1, 10**9), valid_limit=(1, 10**9), eval_seeds=(1, 1000), micro_batch=(1, 10**6),
               sample_batch=(1, 10**6), vocab_chunk=(1, 10**9), seed=(0, 2**62), log_every=(1, 10**9))
+        check_place(self, "out")
         if self.rollouts % self.minibatch:
             raise UserError(f"--rollouts={self.rollouts} is not a multiple of --minibatch={self.minibatch}")
         if self.max_prompt_tokens >= self.max_tokens:
@@ -652,6 +655,9 @@ def run_stages(cfg: Config) -> list[dict]:
                 supervised.is_finished(Path(settings.out), settings, supervised.FREE)
         if not cfg.explain:
             supervised.is_finished(out / "minillm", cfg, FREE)
+            results = out / "results.json"
+            if (out / "run.json").is_file() or (results.is_file() and results.read_text(encoding="utf-8")[:1] != "["):
+                raise UserError(f"--out={out} holds results of something else: give a folder of its own")
         m.barrier()  # all have looked before one writes
     planning.show(draft.lines(), m, what, cfg.ignore_memory)
     if cfg.plan:

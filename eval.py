@@ -9,6 +9,7 @@ Shapes:   B answers, T response tokens, N response tokens of several rows, D wid
 Left out: what has files of its own: exposure bias in exposure.py, calibration.py, and GPT-4's marks in judge.py.
 """
 
+import json
 import math
 import multiprocessing
 import os
@@ -31,12 +32,12 @@ from config import (
     Machine,
     UserError,
     check,
+    check_place,
     checksum,
     clock,
     command,
     flag,
     machine,
-    read_json,
     run,
     write_json,
     write_lines,
@@ -201,6 +202,7 @@ class Config:
     def __post_init__(self):
         check(self, seeds=(1, 1000), limit=(1, 10**9), max_prompt_tokens=(1, 1023), max_response_tokens=(1, 1023),
               no_repeat_ngram=(0, 1024), batch_size=(1, 10**5))
+        check_place(self, "out")
 
 
 def main(cfg: Config, own: bool = False) -> dict:
@@ -274,12 +276,14 @@ def earlier(path: Path, given: dict, data_name: str, m: Machine, own: bool = Fal
     more prompts or answers than there would be now."""
     if not path.is_file():
         return None
-    results = read_json(path)
-    if "given" not in results:
-        raise UserError(f"--out={path.parent} holds results of something else: give a folder of its own")
-    before = {"model": results["given"]["model"], "data": results.get("data", results["given"]["data"])}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        before = {"model": results["given"]["model"], "data": results.get("data", results["given"]["data"])}
+        before = {name: os.path.normpath(value) for name, value in before.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # distill.py's is a list, say
+        raise UserError(f"--out={path.parent} holds results of something else: give a folder of its own") from None
     for name, new in () if own else (("model", given["model"]), ("data", data_name)):
-        if os.path.normpath(before[name]) != os.path.normpath(new):
+        if before[name] != os.path.normpath(new):
             raise UserError(f"--out={path.parent} holds results of --{name}={before[name]}, now it is {new}: give a "
                             "folder of its own")
     for name in () if own else ("limit", "seeds", "samples"):

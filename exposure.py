@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import data
-from config import Machine, check, checksum, command, flag, machine, run, write_json
+from config import Machine, check, check_place, checksum, command, flag, machine, run, write_json
 from eval import earlier
 from model import GPT, frozen, load, same_vocabulary
 from sample import follow, room_for_answers, sample, uniforms
@@ -79,6 +79,7 @@ class Config:
     def __post_init__(self):
         check(self, samples=(1, 10**6), limit=(1, 10**9), max_prompt_tokens=(1, 1023), max_response_tokens=(1, 1023),
               seed=(0, 2**62), batch_size=(1, 10**5))
+        check_place(self, "out")
 
 
 def main(cfg: Config) -> dict:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
-from config import Stopped, UserError, check, checksum, command, flag, run, write_json
+from config import Stopped, UserError, check, check_place, checksum, command, flag, run, write_json
 
 URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?(/[\w.~%/-]*)?", re.IGNORECASE | re.ASCII)
 
@@ -56,6 +56,8 @@ class Config:
     def __post_init__(self):
         check(self, limit=(1, 10**9), tries=(1, 100), workers=(1, 256), timeout=(0.01, 3600), price_in=(0, 10**6),
               price_out=(0, 10**6), max_cost=(0, 10**9))
+        check_place(self, "out")
+        check_place(self, file="cache")
         if not self.answers:
             raise UserError("give --answers, the folder that eval.py wrote with --out")
         if not self.judge:
@@ -63,7 +65,11 @@ class Config:
         if re.search("[@?#]", self.url):  # not repeated, as it may hold a secret
             raise UserError("--url must hold no user, password, ? or #: the key goes into the variable that --key_env "
                             "names")
-        if not URL.fullmatch(self.url):
+        try:
+            known = URL.fullmatch(self.url) and urlsplit(self.url).hostname
+        except ValueError:  # brackets, and no IPv6 address in them
+            known = False
+        if not known:
             raise UserError(f"--url={self.url} is no address of a server: give one like http://localhost:8000/v1")
         if not re.fullmatch("[A-Z_][A-Z0-9_]*", self.key_env):  # not repeated, as it may be the key itself
             raise UserError("--key_env is the name of an environment variable, in capitals, like OPENAI_API_KEY")

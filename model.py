@@ -41,9 +41,13 @@ class GPTConfig:
     resid_pdrop: float = 0.1  # dropout of embedding, attention and residual, when training
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UserError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
+        for name, most in {"n_layer": 10**3, "n_head": 10**3, "n_embd": 10**5, "vocab_size": 10**7,
+                           "n_positions": 10**6}.items():
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= most:
+                raise UserError(f"{name} must be an integer from 1 to {most}, not {getattr(self, name)!r}")
+        for name in ("layer_norm_epsilon", "resid_pdrop"):
+            if type(getattr(self, name)) not in (int, float) or not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be a number from 0 to below 1, not {getattr(self, name)!r}")
         if self.n_embd % self.n_head:
             raise UserError(f"a width of {self.n_embd} does not divide into {self.n_head} heads")
 
@@ -349,6 +353,8 @@ def fetch(name: str, file: str, repo_type: str = "model", revision: str | None =
         made = "; `python distill.py` makes it" if name.startswith("out/tiny") else ""
         raise UserError(f"{name!r} is neither a folder nor a name on the hub (NAME or OWNER/NAME){made}")
     from huggingface_hub import errors, hf_hub_download
+    if Path(name).is_file():
+        raise UserError(f"{name} is a file: a model is a folder, with config.json and weights, or a name on the hub")
     try:
         return intact(Path(hf_hub_download(name, file, repo_type=repo_type, revision=revision)))
     except errors.GatedRepoError:
@@ -366,6 +372,11 @@ def fetch(name: str, file: str, repo_type: str = "model", revision: str | None =
     except errors.HfHubHTTPError as error:
         raise UserError(f"{name}: the hub answered {error.response.status_code} for {file}; try again later, or give a "
                         "local folder") from None
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # of the client below huggingface_hub's own: an HF_ENDPOINT that is no address, say
+        raise UserError(f"{name}: the hub could not be asked for {file} ({type(error).__name__}); is HF_ENDPOINT, if "
+                        "it is set, an address like https://huggingface.co?") from None
 
 
 @cache
@@ -422,7 +433,10 @@ def weight_files(name: str) -> list[Path]:
         if path := fetch(name, whole):
             return [path]
         if index := fetch(name, whole + ".index.json"):
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
+                raise UserError(f"{index}: there is no table of shards in it, weight_map: fetch it again")
+            shards = sorted(set(names.values()))
             paths = [fetch(name, shard) for shard in shards]
             if None in paths:
                 raise missing(name, f"{shards[paths.index(None)]}, which its index names")
@@ -446,7 +460,10 @@ def read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
         else:
             mmap = zipfile.is_zipfile(path)  # files of before 2020 are not
             check_zip(path)
-            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=mmap).items()
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()):
+                raise ValueError("it holds something else than tensors by their names")
+            yield from tensors.items()
     except Exception as error:  # each reader has its own errors for a broken file, and they all mean this
         raise UserError(f"{path} is damaged or incomplete: remove it and fetch it again "
                         f"({type(error).__name__}: {str(error).partition(chr(10))[0][:80]})") from None
@@ -472,12 +489,16 @@ def load(name: str, device: torch.device | str = "cpu") -> GPT:
     for path in weight_files(name):
         for key, tensor in read_weights(path):
             key = key.removeprefix("transformer.")
-            if key in ("lm_head.weight", "wte.weight") and len(tensor) in PADDED:
+            if not tensor.is_floating_point():
+                if key.endswith((".attn.bias", ".attn.masked_bias")):
+                    continue
+                raise UserError(f"{path} has {key} in {str(tensor.dtype)[6:]}: only weights in floating point are read")
+            if key in ("lm_head.weight", "wte.weight") and tensor.dim() == 2 and len(tensor) in PADDED:
                 tensor = tensor[: config.vocab_size]
             if key == "lm_head.weight":
                 head = tensor
             elif not key.endswith((".attn.bias", ".attn.masked_bias")):
-                tensor = tensor.t() if key.endswith(TRANSPOSED) else tensor
+                tensor = tensor.t() if key.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
                 if tensor.shape != shapes.get(key):
                     want = tuple(shapes[key]) if key in shapes else "no such tensor"
                     raise UserError(f"{path} has {key} of shape {tuple(tensor.shape)}, its config.json asks for {want}")

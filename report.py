@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, check, checksum, command, flag, read_lines, run, written_aside
+from config import UserError, check, check_place, checksum, command, flag, read_lines, run, written_aside
 from data import HUB_SETS
 from distill import FREE
 from eval import LENGTHS
@@ -50,6 +50,7 @@ CURVES = ("reverse_kl", "reward", "valid", "rouge_l", "response_tokens", "clip_f
 # lines that can be told apart in grey, by their pattern
 STYLES = [(("#111111", "#b03a2e", "#2e6da4", "#6fa33a")[n % 4], ("-", "--", "-.", ":")[(n + n // 4) % 4])
           for n in range(16)]
+KEYS = {"instruction", "input", "references", "answer", "scores"}  # of a line of samples.jsonl
 HATCHES = ("", "//", "..", "xx", "\\\\", "oo")
 
 
@@ -78,6 +79,13 @@ UNCHANGED = {"out", "device", "batch_size", "capture", "dtype", "data", "model",
 
 def read(path: Path) -> Found | None:
     """What a .json file holds that a report can show."""
+    try:
+        return read_known(path)
+    except (LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path} is not as the commands write it: remove it, or make it anew") from None
+
+
+def read_known(path: Path) -> Found | None:
     kind = "judge" if path.name.startswith("judge") else KINDS.get(path.name)
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if kind else None
@@ -95,7 +103,7 @@ def read(path: Path) -> Found | None:
         raise UserError(f"{path} was made by an earlier version, and lacks what a report needs: make it anew")
     if kind == "judge":  # of the evaluation whose answers were judged, if it is one
         folders = (Path(model) if Path(model).is_dir() else Path(model).parent, path.parent)
-        beside = (read(folder / "results.json") for folder in folders if (folder / "results.json").is_file())
+        beside = (read_known(folder / "results.json") for folder in folders if (folder / "results.json").is_file())
         if evaluated := next(filter(None, beside), None):
             model = evaluated.model
             content |= {name: evaluated.content[name] for name in ("data", "parameters")}
@@ -436,7 +444,8 @@ def draw(title: str, about: str, file: str, panels: dict[str, dict], items: Sequ
             axis.set_title(name, fontsize=9)
         for n, (label, (color, line)) in enumerate(zip(labels, STYLES)):
             if label in of:
-                paint(axis, name, label.replace("$", r"\$"), of[label], n, color, line)
+                words = " " * label.startswith("_") + label.replace("$", r"\$")  # such a label would not be shown
+                paint(axis, name, words, of[label], n, color, line)
     for axis in axes[len(panels):]:
         axis.set_visible(False)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
@@ -465,7 +474,7 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 def curve(path: Path, name: str) -> tuple[list[float], list[float]]:
     """Steps and values of one column of a log.jsonl; of what is only validated, those of validation."""
-    lines = read_lines(path)
+    lines = [line for line in read_lines(path) if isinstance(line, dict) and "step" in line]
     number = lambda value: isinstance(value, int | float)
     points = [(line["step"], line[name]) for line in lines if number(line.get(name))]
     validated = [(line["step"], line["valid"]) for line in lines if isinstance(line.get("valid"), dict)]
@@ -611,6 +620,7 @@ def answers_page(evaluations: list[Found], prompts: int) -> str:
         for label, group in grouped(items).items():
             path = group[0].path.parent / "samples.jsonl"
             rows = read_lines(path) if path.is_file() else []
+            rows = [row for row in rows if isinstance(row, dict) and KEYS <= row.keys()]
             said[label] = {(row["instruction"], row["input"]): row for row in reversed(rows)}  # the first seed's
         keys = list(dict.fromkeys(key for rows in said.values() for key in reversed(rows)))[:prompts]
         page.append(f"<h2>Answers on {html.escape(data)}</h2>\n" * bool(keys))
@@ -647,6 +657,7 @@ class Config:
 
     def __post_init__(self):
         check(self, prompts=(0, 10**6), smooth=(1, 10**6))
+        check_place(self, "out")
         if not self.folders:
             raise UserError("give the folders to report on: python report.py out/tiny")
 

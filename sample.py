@@ -11,6 +11,7 @@ Left out: beam search (no equation needs it); paged caches and continuous batchi
 import codecs
 import gc
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -26,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from config import Machine, UserError, check, flag, machine, run, write_lines
+from config import Machine, UserError, check, check_place, flag, machine, run, write_lines
 from data import Row
 from model import GPT, KVCache, by_chunks, frozen, load, predicting, same_vocabulary
 
@@ -390,7 +391,7 @@ class Config:
     teacher: str | None = flag(None, "second model of the mixture, p in Eq. (4)")
     mix_alpha: float = flag(0.0, "share of the teacher in the mixture, alpha in Eq. (4)")
     prompt: str | None = flag(None, "an instruction; the template is put around it")
-    input: str = flag("", "its optional input")
+    input: str = flag("", "its optional input", may_be_empty=True)
     raw: bool = flag(False, "take --prompt, or the lines of --prompts, as they are, without the template")
     prompts: str | None = flag(None, "a file of instructions: .jsonl rows, or one a line")
     data: str | None = flag(None, "an instruction set by name or .jsonl, all of --split")
@@ -416,8 +417,9 @@ class Config:
               batch_size=(1, 10**5), limit=(1, 10**9))
         if [self.prompt, self.prompts, self.data].count(None) != 2:
             raise UserError("give one of --prompt, --prompts and --data")
-        if self.out and Path(self.out).is_dir():
-            raise UserError(f"--out={self.out} is a folder: give the name of a .jsonl")
+        check_place(self, file="out")
+        if self.out and os.path.realpath(self.out) in map(os.path.realpath, (self.prompts or "", self.data or "")):
+            raise UserError(f"--out={self.out} would be written over what is read from it: give another name")
         if self.input and (self.prompt is None or self.raw):
             raise UserError("--input goes with --prompt, into the template")
         if self.raw and self.data:
@@ -450,11 +452,11 @@ def read_prompts(cfg: Config, tokenizer: tiktoken.Encoding, say: Callable) -> tu
         examples = data.load_examples(cfg.data, cfg.split, tokenizer, cfg.max_prompt_tokens, 1024, say)
         return [e.row for e in examples], [e.prompt for e in examples]
     rows = [Row(cfg.prompt, cfg.input)] if cfg.prompt is not None else []
-    if cfg.prompts and cfg.prompts.endswith(".jsonl"):
+    if cfg.prompts and cfg.prompts.lower().endswith((".jsonl", ".json")):
         rows = data.read_rows(Path(cfg.prompts), need_output=False)
     elif cfg.prompts:
         try:
-            rows = [Row(line) for line in Path(cfg.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+            rows = [Row(line) for line in Path(cfg.prompts).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         except UnicodeDecodeError:
             raise UserError(f"{cfg.prompts}: not UTF-8 text") from None
         except OSError as error:

@@ -32,6 +32,7 @@ from config import (
     Stopped,
     UserError,
     check,
+    check_place,
     checksum,
     clock,
     command,
@@ -103,6 +104,7 @@ class Config:
               weight_decay=(0, 10), grad_clip=(1e-9, math.inf), dropout=(0, 0.99), valid_limit=(1, 10**9),
               evals=(1, 10**6), max_prompt_tokens=(1, 1022), max_tokens=(2, 1024), seed=(0, 2**62),
               log_every=(1, 10**9))
+        check_place(self, "out")
         if os.path.normpath(self.model) == os.path.normpath(self.out):
             raise UserError(f"--model={self.model} would be overwritten by its own result: give another --out")
         if self.epochs and self.updates:
@@ -277,27 +279,34 @@ def load_state(out: Path, cfg, model: GPT, optimizer, scaler, m: Machine) -> tup
         try:
             check_zip(path)
             state = torch.load(path, map_location="cpu", weights_only=True)  # not beside the model's own
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"]:  # empty unless it was float16
+                scaler.load_state_dict(state["scaler"])
+            logged, _ = state["step"], state["best"]
         except Exception as error:  # pickle, zip and torch have one each for a broken file
             older = before.is_file() and path != before
             other = f"; {before} is older: remove {path.name}, and --resume takes that" if older else ""
             raise UserError(f"{path} is damaged ({type(error).__name__}): remove {out} to begin anew{other}") from None
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty unless it was float16
-            scaler.load_state_dict(state["scaler"])
-        logged = state["step"]
     if m.rank == 0:
         names = ("data", "valid_data", "corpus", "model", "teacher", "student")
         noted = {name: checksum(getattr(cfg, name, None)) for name in names}
         noted = {name: value for name, value in noted.items() if value is not None}
         write_json(out / "run.json", asdict(cfg) | {"command": command(), "checksums": noted})
     if m.rank == 0 and (out / "log.jsonl").is_file():
-        lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True)
         with written_aside(out / "log.jsonl") as aside:
-            done = lambda line: line.endswith("\n") and json.loads(line)["step"] <= logged
-            aside.write_text("".join(filter(done, lines)), encoding="utf-8")
+            aside.write_bytes(b"".join(line for line in lines if step_of(line) <= logged))
     m.barrier()
     return state["step"], state["best"]
+
+
+def step_of(line: bytes) -> float:
+    """The update that a line of log.jsonl is of; a line that was not written to its end is of none."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, LookupError, TypeError):
+        return math.inf
 
 
 def finish(out: Path, m: Machine, results: dict) -> dict:

@@ -8,6 +8,7 @@ Run:      python exercises/check.py                             this folder
           python exercises/check.py class/anna class/ben --csv=progress.csv
 """
 
+import ast
 import contextlib
 import importlib.util
 import json
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,9 +26,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))  # the project's files have no package
 
-from config import UserError, check, flag, run, written_aside  # noqa: E402
+from config import UserError, check, check_place, flag, run, written_aside  # noqa: E402
 
 EXERCISES = sorted(path.stem for pattern in ("[0-9][0-9]_*.py", "bug_[0-9].py") for path in HERE.glob(pattern))
+RUNNING: set[subprocess.Popen] = set()
+stopping = threading.Event()
 MARKS = {"solved": "yes", "unsolved": ".", "wrong": "no", "error": "error", "missing": "-", "too long": "time"}
 
 
@@ -39,6 +43,7 @@ class Config:
 
     def __post_init__(self):
         check(self, seconds=(0.1, 3600), jobs=(1, 100))
+        check_place(self, file="csv")
         for folder in self.folders:
             if not Path(folder).is_dir():
                 raise UserError(f"{folder} is no folder")
@@ -58,11 +63,21 @@ def judge(name: str, path: str, verdict: str) -> None:
     try:
         student = load(Path(path))
         student.spec, solve = handed_in, student.solve
+        if body(Path(path), "solve") == body(HERE / f"{name}.py", "spec"):
+            raise ValueError("this is spec word for word, which is the task, and no answer to it")
     except BaseException as error:  # it may even exit
         found = checker.Verdict("error", f"{type(error).__name__}: {checker.first_line(error)}")
     else:
         found = checker.check(ours.EXERCISE, ours.checked(solve) if hasattr(ours, "checked") else solve)
     Path(verdict).write_text(json.dumps([found.state, found.message]), encoding="utf-8")
+
+
+def body(path: Path, function: str) -> list[str]:
+    """The statements of a function in a file, without comments and docstring."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = [node.body for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
+    return [ast.dump(part) for part in (found or [[]])[0] if not (
+        isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))]
 
 
 def handed_in(*arguments) -> None:
@@ -83,19 +98,25 @@ def verdict_on(folder: Path, name: str, seconds: float) -> tuple[str, str]:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL, start_new_session=True, cwd=scratch,
                                    env=os.environ | {"OMP_NUM_THREADS": "1"})
+        RUNNING.add(process)
         try:
-            process.wait(seconds)
+            process.wait(0 if stopping.is_set() else seconds)
         except subprocess.TimeoutExpired:
             return "too long", f"it was stopped after {seconds:g} seconds: does a loop not end?"
         finally:
-            with contextlib.suppress(ProcessLookupError, AttributeError):  # it has ended; Windows has no groups
-                os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started
-            process.kill()
+            end(process)
             process.wait()
+            RUNNING.discard(process)
         if not verdict.is_file():
             return "error", f"it ended by itself, with exit code {process.returncode}"
         state, message = json.loads(verdict.read_text(encoding="utf-8"))
     return state, message
+
+
+def end(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError, AttributeError):  # it has ended; Windows has no groups
+        os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started
+    process.kill()
 
 
 def table(rows: dict[str, Sequence[tuple[str, str]]]) -> str:
@@ -114,7 +135,14 @@ def main(cfg: Config) -> dict[str, list[tuple[str, str]]]:
     with ThreadPoolExecutor(cfg.jobs) as pool:
         work = {(label, name): pool.submit(verdict_on, folder, name, cfg.seconds)
                 for label, folder in folders.items() for name in EXERCISES}
-        rows = {label: [work[label, name].result() for name in EXERCISES] for label in folders}
+        try:
+            rows = {label: [work[label, name].result() for name in EXERCISES] for label in folders}
+        except BaseException:
+            stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(RUNNING):
+                end(process)
+            raise
     print(table(rows))
     if len(rows) == 1:
         for name, (state, message) in zip(EXERCISES, *rows.values()):

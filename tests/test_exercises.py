@@ -3,7 +3,9 @@
 import importlib
 import math
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -170,7 +172,9 @@ def test_the_table_of_a_class(tmp_path, monkeypatch, capsys):
     given = (FOLDER / f"{name}.py").read_text()
     write = lambda answer: given.replace("    raise NotImplementedError  # yours", f"    {answer}")
     solved = write("from distill import future_reward\n    return future_reward(reward * response_mask, response_mask)")
+    copied = given.split("def spec(")[1].split("def solve(")[0].rsplit('"""\n    ', 1)[1]
     students = {"anna": solved, "ben": given, "carl": write("return spec(reward, response_mask)"),
+                "kim": write("# my own\n    " + copied),
                 "dora": "raise ValueError('no')\n", "hugo": None, "finn": "import sys\nsys.exit(0)\n",
                 "gita": "import os\nos._exit(3)\n", "jan": "solve = (\n",
                 "ida": "def solve(reward, response_mask):\n    return reward\n"}
@@ -182,18 +186,32 @@ def test_the_table_of_a_class(tmp_path, monkeypatch, capsys):
     rows = course.main(course.Config(folders, csv=str(tmp_path / "class.csv"), seconds=300, jobs=2))
     states = {Path(folder).name: verdicts[0][0] for folder, verdicts in rows.items()}
     assert states == {"anna": "solved", "ben": "unsolved", "carl": "error", "dora": "error", "finn": "error",
-                      "gita": "error", "hugo": "missing", "ida": "wrong", "jan": "error"}
+                      "gita": "error", "hugo": "missing", "ida": "wrong", "jan": "error", "kim": "error"}
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 + len(students) and "1/1" in printed
     csv = (tmp_path / "class.csv").read_text().splitlines()
     assert csv[0] == "folder,exercise,state,message" and len(csv) == 1 + len(students)
-    assert "spec is the task" in csv[3] and "ValueError: no" in csv[4] and "exit code 3" in csv[7]
+    assert "spec is the task" in csv[3] and "word for word" in csv[4] and "ValueError: no" in csv[5]
+    assert "exit code 3" in csv[8]
 
 
 @pytest.mark.parametrize("source", [ENDLESS, FLOOD], ids=["endless", "flood"])
 def test_what_does_not_end_is_stopped(source, tmp_path):
     (tmp_path / "07_length_norm.py").write_text(source)
     assert course.verdict_on(tmp_path, "07_length_norm", 5.0)[0] == "too long"
+
+
+def test_a_signal_ends_the_class_and_what_it_has_started(tmp_path):
+    for name in course.EXERCISES:
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'begun')!r}, 'w').close()\n{ENDLESS}")
+    command = [sys.executable, str(FOLDER / "check.py"), str(tmp_path), "--seconds=600"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.1)
+    process.terminate()
+    assert "stopped" in process.communicate(timeout=60)[1] and process.returncode == 143
+    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout if shutil.which("ps") else ""
+    assert str(tmp_path) not in left
 
 
 def test_this_folder_as_it_is_given(monkeypatch, capsys):

@@ -3,14 +3,27 @@
 import dataclasses
 import importlib
 import json
+import os
 import random
+import subprocess
+import sys
 import types
 import typing
+from pathlib import Path
 
 import pytest
+import torch
+from conftest import random_gpt, refused
+from safetensors.torch import load_file, save_file
 
 import data
-from config import UserError, parse
+import distill
+import eval as evaluation
+import sample as sampling
+import teacher as supervised
+from config import UserError, check_place, parse
+from model import load, save
+from report import find
 
 GOOD = {"instruction": "Say hi", "input": "to Anna", "output": "hi Anna"}
 COMMANDS = ["data", "sample", "eval", "exposure", "calibration", "judge", "teacher", "distill", "oracle", "report",
@@ -91,3 +104,169 @@ def test_every_flag_given_wrongly_ends_in_one_line(name, capsys):
             assert ended.value.code == 2 and told.count("\n") == 1 and given.split("=")[0].strip("-") in told, given
             tried += 1
     assert tried >= 3 * len(dataclasses.fields(module.Config)) - 3
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_empty_value_or_one_that_is_no_text_is_a_mistake(name, capsys):
+    """--out=$UNSET would be the present folder, and --corpus= every text in it."""
+    module, tried = importlib.import_module(name), 0
+    hints = typing.get_type_hints(module.Config)
+    for field in dataclasses.fields(module.Config):
+        if hints[field.name] in (str, str | None) and not field.metadata["may_be_empty"]:
+            for value, words in (("", "is empty"), ("a\udcff", "is not UTF-8 text")):
+                with pytest.raises(SystemExit) as ended:
+                    parse(module.Config, [f"--{field.name}={value}"], getattr(module, "presets", None))
+                told = capsys.readouterr().err
+                assert ended.value.code == 2 and told.count("\n") == 1 and words in told and field.name in told
+                tried += 1
+    assert tried or name in ("oracle", "report")
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_there_is_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    place = lambda path: types.SimpleNamespace(out=path if path is None else str(tmp_path / path))
+    for path in (None, "new", "new/deeper", "."):
+        check_place(place(path), "out")
+    for path in (None, "file", "new/file"):
+        check_place(place(path), file="out")
+    for path in ("file", "file/deeper", "file/deeper/still"):
+        refused(lambda path=path: check_place(place(path), "out"), f"--out={tmp_path / path}: ", "is a file")
+    refused(lambda: check_place(place("."), file="out"), "is a folder: give the name of a file")
+    refused(lambda: check_place(place("file/x"), file="out"), "file is a file")
+    for Config in (evaluation.Config, supervised.Config, distill.Config):
+        refused(lambda Config=Config: Config(out=str(tmp_path / "file")), "is a file, and no folder")
+
+
+def test_what_is_read_is_not_written_over(tiny_models, tmp_path, distill_config):
+    (tmp_path / "mine.jsonl").write_text(json.dumps(GOOD) + "\n")
+    for flag in ("data", "prompts"):
+        refused(lambda flag=flag: sampling.Config(**{flag: f"{tmp_path}/mine.jsonl"}, out=f"{tmp_path}/./mine.jsonl"),
+                "would be written over what is read")
+    (tmp_path / "results.json").write_text('{"given": {}}')  # of eval.py, say
+    refused(lambda: distill.main(distill_config(out=str(tmp_path))), "holds results of something else")
+    (tmp_path / "results.json").write_text("[]")  # of distill.py
+    cfg = evaluation.Config(model=tiny_models["student"], out=str(tmp_path), device="cpu")
+    refused(lambda: evaluation.main(cfg), "holds results of something else")
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+def changed(folder: Path, **config) -> str:
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | config))
+    return str(folder)
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    save(random_gpt(), tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, value", [
+    ("layer_norm_epsilon", "x"), ("layer_norm_epsilon", None), ("resid_pdrop", 5), ("resid_pdrop", "x"),
+    ("n_head", True), ("n_layer", 10**5), ("n_embd", 10**30), ("n_positions", 0), ("vocab_size", 11.0)])
+def test_a_config_of_strange_values(name, value, model):
+    refused(lambda: load(changed(model, **{name: value})), "config.json: ", name)
+
+
+@pytest.mark.parametrize("content", [
+    {"wte.weight": 5}, {"model": {"wte.weight": torch.ones(11, 8)}}, {5: torch.ones(3)}, {"wte.weight": [1.0]}, [1.0]])
+def test_a_bin_that_holds_something_else_than_tensors(content, model):
+    (model / "model.safetensors").unlink()
+    torch.save(content, model / "pytorch_model.bin")
+    refused(lambda: load(str(model)), "pytorch_model.bin is damaged or incomplete")
+
+
+def test_weights_of_another_kind_or_shape(model):
+    weights = load_file(model / "model.safetensors")
+    for name, tensor in (("wte.weight", torch.ones(11, 8, dtype=torch.int8)), ("wte.weight", torch.tensor(1.0)),
+                         ("h.0.attn.c_attn.weight", torch.ones(2, 2, 2))):
+        save_file(weights | {f"transformer.{name}": tensor}, model / "model.safetensors")
+        refused(lambda: load(str(model)), name, "only weights in floating point" if tensor.dtype == torch.int8 else
+                "its config.json asks for")
+
+
+@pytest.mark.parametrize("table", [None, [], {"a": 1}, "x"])
+def test_an_index_without_a_table_of_shards(table, model):
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    refused(lambda: load(str(model)), "index.json: there is no table of shards")
+
+
+@pytest.mark.parametrize("tokenizer, words", [
+    ({"model": None}, "is damaged"), ({"model": []}, "is damaged"), ({}, "is damaged"),
+    ({"model": {"type": "WordLevel", "vocab": ["a"]}}, "is damaged"),
+    ({"model": {"type": "WordLevel", "vocab": {"a": "0"}}}, "is damaged"),
+    ({"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 0}}}, "not numbered from 0 on"),
+    ({"model": {"type": "BPE", "vocab": {"\u0120the": 262, "\u0120and": 5}}}, "is not GPT-2's vocabulary")])
+def test_a_tokenizer_that_is_none_of_ours(tokenizer, words, model):
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(lambda: data.load_tokenizer(str(model)), "tokenizer.json", words)
+
+
+def test_words_of_special_letters_are_words(model):
+    words = {"(": 0, "a.b": 1, "\\": 2, "[x]": 3, "+": 4, "*": 5, "^": 6, "$": 7, "|": 8, "?": 9}
+    (model / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordLevel", "vocab": words}}))
+    tokenizer = data.load_tokenizer(str(model))
+    assert data.encode(tokenizer, ["(a.b\\[x]+*^$|?"]) == [list(range(10))]
+
+
+# ---- what a run has left --------------------------------------------------------------------------------------------
+
+def test_a_log_that_a_power_cut_has_spoilt_does_not_stop_a_run(tiny_models, tmp_path, monkeypatch):
+    settings = dict(model=tiny_models["student"], data="tiny", out=str(tmp_path / "run"), updates=4, evals=2,
+                    select="loss", valid_limit=3, max_prompt_tokens=16, max_tokens=44, device="cpu", dtype="float32",
+                    resume=True)
+    save_state = supervised.save_state
+
+    def save_and_stop(*given):
+        save_state(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(supervised, "save_state", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        supervised.main(supervised.Config(**settings))
+    monkeypatch.undo()
+    state, log = tmp_path / "run" / "state.pt", tmp_path / "run" / "log.jsonl"
+    whole = torch.load(state, weights_only=True)
+    for broken in ([1], {"model": {}}, whole | {"model": {"wte.weight": torch.ones(2)}}):
+        torch.save(broken, state)
+        refused(lambda: supervised.main(supervised.Config(**settings)), "state.pt is damaged")
+    torch.save(whole, state)
+    log.write_bytes(log.read_bytes() + b"\n\0\0\0\n\xff\n{}\n[]\n" + b'{"step": 1')
+    supervised.main(supervised.Config(**settings))
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("text", ['{"given": null}', '{"given": {"model": 3}, "command": "x"}'])
+def test_a_report_of_files_that_are_not_as_they_should_be(text, tmp_path):
+    (tmp_path / "results.json").write_text(text)
+    refused(lambda: find([str(tmp_path)]), "results.json is not as the commands write it")
+
+
+# ---- where the output goes ------------------------------------------------------------------------------------------
+
+SPEAK = """
+import sys; sys.path.insert(0, {root!r}); sys.argv[0] = "speak"
+from dataclasses import dataclass
+import config, torch
+@dataclass(frozen=True)
+class Config:
+    pass
+def main(cfg):
+    m = config.Machine(torch.device("cpu"), torch.float32)
+    for n in range(20000):
+        m.say("a line ±", n)
+    print("done", file=sys.stderr)
+config.run(main, Config)
+"""
+
+
+def test_a_run_goes_on_though_nobody_reads_or_the_terminal_lacks_a_letter():
+    code = [sys.executable, "-c", SPEAK.format(root=str(Path(data.__file__).parent))]
+    run = subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert run.stdout.readline() == "a line ? 0\n"
+    run.stdout.close()
+    assert run.stderr.read() == "done\n" and run.wait() == 0

@@ -490,6 +490,7 @@ def test_a_key_is_asked_for_where_one_is_needed(config, monkeypatch):
     (dict(answers=None), ["give --answers"]), (dict(judge=None), ["--judge=gpt-4"]),
     (dict(url="ftp://host/v1"), ["--url=ftp://host/v1", "http://"]), (dict(url="localhost:8000"), ["no address"]),
     (dict(url="http://"), ["no address"]), (dict(url="http://a b/v1"), ["no address"]),
+    (dict(url="http://[1.2.3.4]/v1"), ["no address"]),
     (dict(url="http://me:secret@host/v1"), ["--url must hold no user"]),
     (dict(url="http://host/v1?key=secret"), ["--url must hold no user"]),
     (dict(url="http://host/v1#secret"), ["--url must hold no user"]),

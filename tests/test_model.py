@@ -366,7 +366,7 @@ def test_folders_that_hold_no_gpt2(tmp_path):
     write_config(tmp_path, random_gpt(), n_head=3)
     refused(lambda: load(here), "width of 8 does not divide into 3 heads")
     write_config(tmp_path, random_gpt(), n_layer="2")
-    refused(lambda: load(here), "n_layer must be a positive integer", "'2'")
+    refused(lambda: load(here), "n_layer must be an integer from 1 to", "'2'")
     write_config(tmp_path, random_gpt())
     refused(lambda: load(here), "has no model.safetensors or pytorch_model.bin")
     refused(lambda: load("no such thing"), "'no such thing'", "folder", "hub")
