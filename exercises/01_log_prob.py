@@ -6,7 +6,7 @@ Task:     solve(logits, tokens, prompt_tokens, response_mask) gives log q(y_t | 
           outside response_mask. A row of tokens is a prompt, its response, and padding up to the common length S; the
           prompts differ in length. The logits at a position are those of the NEXT token. The padding may hold
           anything, and so may the prompt; go by response_mask, which is true up to and including the end token.
-          Gradients flow through: in a message value 1 is the answer, value 2 the gradient of its sum by logits.
+          Gradients flow through, and the gradient of the answer's sum by logits is compared too.
 Allowed:  torch, and no loop over rows or positions.
 In words: an implementation masks with tokens != end_token. What does the student no longer learn?
 Run:      python exercises/01_log_prob.py           then --hint, then --hint=2
@@ -84,6 +84,8 @@ SLIPS = {
         lambda z, y, n, m: mistaken(z, y, n, m, keep=lambda token, true: True),
     "the end token is lost: response_mask is true through it, and its log-probability counts like any other":
         lambda z, y, n, m: mistaken(z, y, n, m, keep=lambda token, true: true and token != END),
+    "this masks with tokens != END: the end token is lost, and padding that holds another token is counted":
+        lambda z, y, n, m: mistaken(z, y, n, m, keep=lambda token, true: token != END),
     "these are probabilities; take their logarithm": lambda z, y, n, m: mistaken(z, y, n, m, take=lambda q: q),
     "softmax runs over the positions; it has to run over the vocabulary, the last axis":
         lambda z, y, n, m: mistaken(z, y, n, m, axis=1),
@@ -96,7 +98,8 @@ HINTS = ("Where in its row does y_t stand? For all rows and t at once that is a 
          "prompt_tokens as a column and torch.arange(T) as a row.",
          "Normalise with log_softmax, then index with two tables, rows (B, 1) and positions (B, T): once into the "
          "tokens, and once, a position earlier, into the log-probabilities. Mask last.")
-EXERCISE = Exercise(checked(solve), checked(spec), cases, SLIPS, HINTS)
+EXERCISE = Exercise(checked(solve), checked(spec), cases, SLIPS, HINTS,
+                    ("the answer", "the gradient of its sum by logits"))
 
 if __name__ == "__main__":
     run(EXERCISE)

@@ -3,8 +3,8 @@
 Paper:    arXiv 2306.08543v4, Section 2.1 and Figure 2: one Gaussian q is fitted to a mixture p of two. Eq. (1) takes
           the reverse KL[q||p] = sum of q log(q/p); supervised distillation the forward KL[p||q] = sum of p log(p/q).
 Task:     solve(q_logits, p) gives both, KL[p||q] first and KL[q||p] second. q is the softmax of q_logits, which may lie
-          far apart; p is given as probabilities, none of them 0, though some may be close. Gradients flow through: in a
-          message value 1 is the two KLs, value 2 the gradient of each by q_logits.
+          far apart; p is given as probabilities, none of them 0, though some may be close. Gradients flow through,
+          and those of each by q_logits are compared too.
 Allowed:  torch, and no loop.
 In words: where p is 0 and q is not, one of the two is infinite. Which, and what does it teach q? And the other way
           round: what does the other teach a q that is too small to do all that p does?
@@ -37,7 +37,7 @@ def solve(q_logits: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 # ---- what checks it -------------------------------------------------------------------------------------------------
 
 def checked(solve):
-    """What is compared: both KLs, value 1, and the gradients of each by q_logits, value 2."""
+    """What is compared: both KLs, and the gradients of each by q_logits."""
     def kls_and_gradients(q_logits: Tensor, p: Tensor) -> tuple:
         q_logits = q_logits.detach().requires_grad_()
         kls, none = solve(q_logits, p), torch.zeros_like(p)
@@ -89,7 +89,8 @@ SLIPS |= {"the q that weighs KL[q||p] is detached; its gradient flows through th
 SLIPS |= {"no gradient flows through these to q_logits: nothing could be trained with them":
           lambda z, p: tuple(kl.detach() for kl in spec(z, p))}
 SLIPS = {words: checked(slip) for words, slip in SLIPS.items()}
-EXERCISE = Exercise(checked(solve), checked(spec), cases, SLIPS, HINTS)
+EXERCISE = Exercise(checked(solve), checked(spec), cases, SLIPS, HINTS,
+                    (("KL[p||q]", "KL[q||p]"), ("the gradient of KL[p||q]", "the gradient of KL[q||p]")))
 
 
 # ---- Figure 2 -------------------------------------------------------------------------------------------------------

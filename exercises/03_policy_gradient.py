@@ -6,7 +6,6 @@ Task:     solve(student_logp, teacher_logp, response_mask) gives one number, a t
           is Eq. (2)'s estimate from these answers, to be descended: -R_t grad log q(y_t), summed over the tokens of an
           answer, averaged over the rows, a row that is all padding among them. R_t is a number by which a gradient is
           multiplied; it has none of its own. The value of the loss is free, and is not compared.
-          In what the checker says, value 1 is the form of your loss, value 2 its gradient by student_logp, (B, T).
 Allowed:  torch, and no loop over rows.
 In words: r_1 was earned before y_2 was drawn. Why may it be left out of what multiplies grad log q(y_2)?
 Run:      python exercises/03_policy_gradient.py           then --hint, then --hint=2
@@ -96,7 +95,8 @@ HINTS = ("Three steps: the rewards, detached and masked; their sums R_t from t o
          "differentiated, summed and divided.",
          "A sum from t on is a cumulative sum read backwards: flip, cumsum, flip along the tokens. The loss is the sum "
          "of -R_t log q(y_t) over all tokens, divided by the number of rows.")
-EXERCISE = Exercise(checked(solve), as_compared(spec), cases, SLIPS, HINTS)
+EXERCISE = Exercise(checked(solve), as_compared(spec), cases, SLIPS, HINTS,
+                    ("the loss", "its gradient by student_logp"))
 
 
 def exact() -> None:

@@ -4,8 +4,8 @@ Paper:    arXiv 2306.08543v4, Section 2.2, Eq. (3): Eq. (2) is split in two, and
           -grad E_{y_t ~ q}[r_t], is summed over the vocabulary. r_t = log p(y_t | y_<t, x) - log q(y_t | y_<t, x).
 Task:     solve(student_logp_vocab, teacher_logp_vocab, response_mask) gives -E_{y_t ~ q}[r_t] at each position, and 0
           in the padding. Both are log-probabilities of all tokens, normalised; in the padding they are anything finite.
-          Gradients flow through: in a message value 1 is the answer, value 2 the gradient of its sum by the logits of
-          which student_logp_vocab is the log_softmax.
+          Gradients flow through, and that of the answer's sum is compared too: by the logits of which
+          student_logp_vocab is the log_softmax.
 Allowed:  torch, and no loop.
 In words: Eqs. (2) and (3) have the same expectation. --variance prints how far one answer's estimate strays from it,
           by either. Where does the difference come from, and why is something left?
@@ -83,7 +83,8 @@ SLIPS = {words: checked(slip) for words, slip in SLIPS.items()}
 HINTS = ("An expectation over y_t ~ q is a sum over the vocabulary of q(v) times what is averaged. q itself is not "
          "among the arguments, but its logarithm is.",
          "-r is log q - log p. Weigh it by q, sum along the last axis, which is the vocabulary, and mask the rest.")
-EXERCISE = Exercise(checked(solve), checked(spec), cases, SLIPS, HINTS)
+EXERCISE = Exercise(checked(solve), checked(spec), cases, SLIPS, HINTS,
+                    ("the answer", "the gradient of its sum by the logits"))
 
 
 def variance(toys: int = 100) -> None:

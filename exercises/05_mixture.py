@@ -95,6 +95,8 @@ SLIPS = {
     "this mixes log-probabilities, and what comes of it does not even sum to 1; Eq. (4) mixes probabilities":
         lambda q, p, a, u: answer(blended(q, p, a), blended(q, p, a), u.minimum(blended(q, p, a).exp().sum(-1) - 1e-9),
                                   last=False),
+    "this mixes log-probabilities, and normalises: p^alpha q^(1 - alpha) again; Eq. (4) mixes probabilities":
+        lambda q, p, a, u: answer(*2 * (blended(q, p, a).log_softmax(-1),), u),
     "alpha stands on the student's side; in Eq. (4) it is the teacher's share":
         lambda q, p, a, u: answer(mixed(q, p, 1 - a), mixed(q, p, 1 - a), u),
     "the token is right, its log-probability is the student's: it was drawn from p~, so p~ scores it":
@@ -110,7 +112,7 @@ HINTS = ("Back from logarithms, mix, and keep the mixture: one cumulative sum ov
          "each row you look for the place of uniform in a sorted list.",
          "torch.searchsorted(cdf, uniform[:, None], right=True) finds the place; gather finds the log-probability. "
          "Multiply uniform by the row's last sum, and nothing can lie beyond it.")
-EXERCISE = Exercise(solve, spec, cases, SLIPS, HINTS)
+EXERCISE = Exercise(solve, spec, cases, SLIPS, HINTS, ("the token", "its log-probability"))
 
 if __name__ == "__main__":
     run(EXERCISE)

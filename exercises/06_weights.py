@@ -7,7 +7,7 @@ Task:     solve(student_logp, mixed_logp, response_mask) gives four weights for 
           product       w_1 ... w_t, as printed
           exact_single  w_1 ... w_{t-1}: what led to the single step at t; 1 at the first token
           exact_long    w_1 ... w_T, the whole answer: what R_{t+1} depends on
-          They are numbers and carry no gradient. In a message value 1 is the weights, value 2 whether one does.
+          They are numbers and carry no gradient.
 Allowed:  torch, and no loop.
 In words: which are exact, and each for which term? Why does one still train with w_t alone? Think of an
           answer of 200 tokens: --bias measures three tokens only.
@@ -47,7 +47,7 @@ def solve(student_logp: Tensor, mixed_logp: Tensor, response_mask: Tensor) -> tu
 # ---- what checks it -------------------------------------------------------------------------------------------------
 
 def checked(solve):
-    """What is compared: the weights, value 1, and whether one of them carries a gradient, value 2."""
+    """What is compared: the weights, and whether one of them carries a gradient."""
     def weights(student_logp: Tensor, mixed_logp: Tensor, response_mask: Tensor) -> tuple:
         found = solve(student_logp.requires_grad_(), mixed_logp, response_mask)
         values = found if isinstance(found, tuple) else (found,)
@@ -85,7 +85,16 @@ def attached(q: Tensor, p: Tensor, m: Tensor) -> tuple[Tensor, ...]:
     return tuple(value + 0 * q for value in products(q, p, m))
 
 
+def zeros(q: Tensor, p: Tensor, m: Tensor) -> tuple[Tensor, ...]:
+    w = (q - p).exp().detach() * m
+    upto = w.cumprod(1)
+    before = torch.cat([torch.ones_like(w[:, :1]), upto[:, :-1]], 1)
+    return w, upto, before * m, upto[:, -1:] * m
+
+
 SLIPS = {
+    "the whole answer's weight is 0 behind padding: a factor that does not count is 1, and 0 only in a sum":
+        checked(zeros),
     "a weight carries a gradient: detach, for a weight is a number and q learns through the loss beside it":
         checked(attached),
     "the ratio is upside down: w_t is q over p~, for the answers are p~'s and the mean that is wanted is q's":
@@ -102,7 +111,8 @@ SLIPS = {
 HINTS = ("A product of ratios is the exponential of a sum of differences. Mask the differences: then padding adds 0.",
          "With log_w masked and detached, cumsum(1) is the logarithm of the product up to t; without its own term, of "
          "the product before t; its last column is the whole answer's. Mask once more at the end.")
-EXERCISE = Exercise(checked(solve), checked(spec), cases, SLIPS, HINTS)
+EXERCISE = Exercise(checked(solve), checked(spec), cases, SLIPS, HINTS,
+                    (("per_token", "product", "exact_single", "exact_long"), "whether a weight carries one"))
 
 
 def bias() -> None:

@@ -54,6 +54,10 @@ def sums(reward: Tensor, response_mask: Tensor, first: int, less: int, masked: b
     return R * response_mask
 
 
+def mean_over(reward: Tensor, response_mask: Tensor, count: Tensor) -> Tensor:
+    return sums(reward, response_mask, first=1, less=1) * spec_terms(response_mask) / count.clamp(min=1)
+
+
 SLIPS = {
     "the sum begins with r_t; R_{t+1} begins one later, for L_Single has r_t already":
         lambda r, m: sums(r, m, first=0, less=0),
@@ -62,6 +66,12 @@ SLIPS = {
     "this is divided by the tokens from t on, one more than there are terms":
         lambda r, m: sums(r, m, first=1, less=0),
     "this is the sum; Eq. (6) is its mean": lambda r, m: sums(r, m, first=1, less=1) * spec_terms(m),
+    "this is divided by the columns that follow, of the array and not of the answer": lambda r, m: mean_over(
+        r, m, torch.arange(r.size(1)).flip(0)),
+    "this is divided by the whole answer's length; Eq. (6) has the number of terms": lambda r, m: mean_over(
+        r, m, m.sum(1, keepdim=True)),
+    "this is the mean of what came before t; what comes after it is wanted": lambda r, m: (
+        ((r * m).cumsum(1) - r * m) / torch.arange(r.size(1)).clamp(min=1) * m),
     "rewards in the padding are counted: did you apply response_mask, and count with it?":
         lambda r, m: sums(r, m, first=1, less=1, masked=False),
 }

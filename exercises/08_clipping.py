@@ -4,7 +4,7 @@ Paper:    arXiv 2306.08543v4, Algorithm 1: the update with rho_t = q_theta(y_t) 
           1 + eps). It prints min(rho_t, clip(rho_t)) R; for a negative R that is the wrong side. Take PPO's form.
 Task:     solve(student_logp, mixed_logp, R, response_mask, clip_eps) gives one number, the loss: minus the sum over
           the answers' tokens of the smaller of rho_t R_{t+1} and clip(rho_t) R_{t+1}. Its gradient with respect to
-          student_logp is compared too (in a message value 1 is the loss, value 2 the gradient).
+          student_logp is compared too.
 Allowed:  torch, and no loop.
 In words: rho is 1.5, eps is 0.2. For which sign of R does this token still have a gradient, and why is that right?
 Run:      python exercises/08_clipping.py              then --hint, then --hint=2
@@ -35,7 +35,7 @@ def solve(student_logp: Tensor, mixed_logp: Tensor, R: Tensor, response_mask: Te
 # ---- what checks it -------------------------------------------------------------------------------------------------
 
 def checked(solve):
-    """What is compared: the loss, value 1, and its gradient with respect to student_logp, value 2."""
+    """What is compared: the loss, and its gradient by student_logp."""
     def loss_and_gradient(student_logp: Tensor, *arguments) -> tuple:
         loss, gradient = solve(student_logp.requires_grad_(), *arguments), torch.zeros_like(student_logp)
         if not isinstance(loss, Tensor):
@@ -66,12 +66,13 @@ def cases():
 
 def surrogate(q: Tensor, p: Tensor, R: Tensor, m: Tensor, eps: float, kind: str) -> Tensor:
     log_rho = q - p if kind != "upside down" else p - q
-    rho, low = log_rho.exp(), 1 - eps if kind != "above" else 0.0
+    rho, low = log_rho if kind == "difference" else log_rho.exp(), 1 - eps if kind != "above" else 0.0
     inside = log_rho.clamp(-eps, eps).exp() if kind == "log" else rho.clamp(low, 1 + eps)
     smaller = {"printed": torch.minimum(rho, inside) * R, "clipped": inside * R,
                "larger": torch.maximum(rho * R, inside * R)}.get(kind, torch.minimum(rho * R, inside * R))
     smaller = smaller if kind == "padding" else smaller * m
-    return (smaller if kind == "sign" else -smaller).sum() / (m.sum().clamp(min=1) if kind == "mean" else 1)
+    count = {"mean": m.sum().clamp(min=1), "array": m.numel()}.get(kind, 1)
+    return (smaller if kind == "sign" else -smaller).sum() / count
 
 
 SLIPS = {words: checked(lambda q, p, R, m, eps, kind=kind: surrogate(q, p, R, m, eps, kind)) for kind, words in {
@@ -84,6 +85,8 @@ SLIPS = {words: checked(lambda q, p, R, m, eps, kind=kind: surrogate(q, p, R, m,
     "upside down": "the ratio is upside down: rho is q over p~",
     "padding": "what stands in the padding is counted: did you apply response_mask?",
     "sign": "the sign is turned: a loss is minimised, R is to grow",
+    "difference": "this takes log q - log p~ for rho; the ratio is its exponential",
+    "array": "this is a mean over the array, padding included; the sum is asked for, and who calls you divides",
     "mean": "this is a mean over tokens; the sum is asked for, and who calls you divides",
 }.items()}
 SLIPS["the gradient is 0 everywhere: student_logp is detached, and nothing would be learned"] = checked(
@@ -92,7 +95,7 @@ HINTS = ("Two products for each token, one with the ratio and one with the clipp
          "depends on the sign of R, so compare the products and not the ratios.",
          "torch.clamp has no gradient outside of its bounds, and torch.minimum passes the gradient to the smaller of "
          "two: nothing has to be written for the gradient. Mask before you sum.")
-EXERCISE = Exercise(checked(solve), checked(spec), cases, SLIPS, HINTS)
+EXERCISE = Exercise(checked(solve), checked(spec), cases, SLIPS, HINTS, ("the loss", "its gradient by student_logp"))
 
 if __name__ == "__main__":
     run(EXERCISE)

@@ -4,7 +4,7 @@ Paper:    arXiv 2306.08543v4, Section 2.2, Eq. (7), clipped as in Algorithm 1. E
 Task:     solve(student_logp, kl, mixed_logp, R, response_mask, clip_eps) gives two losses (B, T), 0 in the padding:
           loss_single  w_t KL[q || p] at this position; w_t = q(y_t) / p~(y_t), a number without a gradient
           loss_long    minus the smaller of rho_t R_{t+1} and clip(rho_t) R_{t+1}; rho_t is w_t with its gradient
-          In a message value 1 is the losses, value 2 the gradients of their sum by student_logp and by kl.
+          The gradients of their sum by student_logp and by kl are compared too.
 Allowed:  torch, and no loop.
 In words: train with 0 * loss_long, then with 0 * loss_single. One of the two students says nothing any more. Why?
 Run:      python exercises/10_minillm.py               then --hint, then --hint=2
@@ -40,7 +40,7 @@ def solve(student_logp: Tensor, kl: Tensor, mixed_logp: Tensor, R: Tensor, respo
 # ---- what checks it -------------------------------------------------------------------------------------------------
 
 def checked(solve):
-    """What is compared: both losses, value 1, and the gradients of their sum, by student_logp and by kl, value 2."""
+    """What is compared: both losses, and the gradients of their sum, by student_logp and by kl."""
     def losses_and_gradients(student_logp: Tensor, kl: Tensor, *arguments) -> tuple:
         leaves = student_logp.requires_grad_(), kl.requires_grad_()
         losses, gradients = solve(*leaves, *arguments), (torch.zeros_like(kl),) * 2
@@ -68,7 +68,9 @@ def losses(q: Tensor, kl: Tensor, mixed: Tensor, R: Tensor, m: Tensor, eps: floa
     rho = (mixed - q if kind == "upside down" else q - mixed).exp()
     w, R = rho if kind == "gradient" else rho.detach(), rho.detach() * R if kind == "twice" else R
     rho, m = rho.detach() if kind == "detached" else rho, m | (kind == "padding")
-    inside = rho.clamp(1 - eps, 1 + eps)
+    inside, kl = rho.clamp(1 - eps, 1 + eps), kl.detach() if kind == "constant" else kl
+    if kind == "reinforce":
+        return w * kl * m, -(w * R * q) * m
     smaller = torch.minimum(rho, inside) * R if kind == "printed" else torch.minimum(rho * R, inside * R)
     return (kl if kind == "unweighted" else w * kl) * m, (smaller if kind == "sign" else -smaller) * m
 
@@ -77,6 +79,8 @@ SLIPS = {words: checked(lambda *a, kind=kind: losses(*a, kind)) for kind, words 
     "unweighted": "L_Single is not weighted: Eq. (7) has w_t there too",
     "gradient": "w_t carries a gradient in L_Single: there it is a number, so detach it",
     "detached": "rho carries no gradient: L_Long has no other way to the student, so do not detach it there",
+    "constant": "kl carries no gradient: L_Single has no other way to the student, so do not detach it",
+    "reinforce": "L_Long is -w R log q: at the first update its gradient is right, but nothing clips it",
     "twice": "L_Long is weighted twice: rho is w_t already",
     "printed": "L_Long is min(rho, clip(rho)) R, as printed: take the smaller of the products, for R may be negative",
     "upside down": "the ratio is upside down: it is q over p~, in both losses",
@@ -84,7 +88,8 @@ SLIPS = {words: checked(lambda *a, kind=kind: losses(*a, kind)) for kind, words 
     "padding": "what stands in the padding is counted: did you apply response_mask to both losses?"}.items()}
 HINTS = ("Compute the ratio once. For one of the losses it is a number, for the other it is what carries the gradient.",
          "L_Single is the detached ratio times kl; L_Long is exercise 8 without its sum. Mask both.")
-EXERCISE = Exercise(checked(solve), checked(spec), cases, SLIPS, HINTS)
+EXERCISE = Exercise(checked(solve), checked(spec), cases, SLIPS, HINTS,
+                    (("loss_single", "loss_long"), ("the gradient by student_logp", "the gradient by kl")))
 
 
 def train(steps: int = 640) -> None:

@@ -101,7 +101,7 @@ SLIPS = {"an answer that ran out of length is taught to end where it was cut: it
 HINTS = ("Print response and response_mask of one short answer beside each other. Which of its tokens has no loss?",
          "A token's value does not say whether it is padding, as the same value stands for something else; its place "
          "and the answer's length do.")
-EXERCISE = Exercise(checked(solve), checked(padded), cases, SLIPS, HINTS)
+EXERCISE = Exercise(checked(solve), checked(padded), cases, SLIPS, HINTS, ("the loss", "its gradient"))
 
 if __name__ == "__main__":
     if not sys.argv[1:]:

@@ -92,10 +92,19 @@ def cases():
         yield name, (torch.randn(6, 6, generator=generator), answers, micro_batch)
 
 
+def by_answers(logits: Tensor, answers: list[list[int]], micro_batch: int) -> tuple[Tensor, Tensor]:
+    parts = [answers[at : at + micro_batch] for at in range(0, len(answers), micro_batch)]
+    found = [[len(part) / len(answers) * value for value in spec(logits.detach().clone(), part, len(part))]
+             for part in parts]
+    return tuple(sum(values) for values in zip(*found))
+
+
+SLIPS = {"each micro-batch weighs by its share of the answers; for a mean over tokens it is the share of the tokens":
+         by_answers}
 HINTS = ("How much does one token of the loss count if its micro-batch has 4 tokens, and how much if it has 40?",
          "Sums can be added up, means cannot. The divisor belongs to the whole batch and is known before the first "
          "micro-batch.")
-EXERCISE = Exercise(solve, spec, cases, {}, HINTS)
+EXERCISE = Exercise(solve, spec, cases, SLIPS, HINTS, ("the loss", "its gradient"))
 
 if __name__ == "__main__":
     if not sys.argv[1:]:

@@ -70,7 +70,7 @@ def cases():
 
 HINTS = ("Of ten thousand draws, count each word, and compare with q. Which words are missing?",
          "What is scored is q. What is drawn from has to be the very same numbers: where do the two part?")
-EXERCISE = Exercise(solve, spec, cases, {}, HINTS)
+EXERCISE = Exercise(solve, spec, cases, {}, HINTS, ("the token", "its log q"))
 
 if __name__ == "__main__":
     if not sys.argv[1:]:

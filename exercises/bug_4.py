@@ -88,7 +88,8 @@ def cases():
 
 HINTS = ("Take answers of one token. Which of the two losses should have a gradient there, and which of them has?",
          "Write down which r belong to L_Single at t, and which to L_Long at t. Each of r_t ... r_T has one place.")
-EXERCISE = Exercise(checked(solve), checked(spec), cases, {}, HINTS)
+EXERCISE = Exercise(checked(solve), checked(spec), cases, {}, HINTS,
+                    ("the gradient by student_logp", "the gradient by kl"))
 
 if __name__ == "__main__":
     if not sys.argv[1:]:

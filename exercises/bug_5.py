@@ -90,9 +90,26 @@ def cases():
                      kl.abs(), reward)
 
 
+def repaired(mask_of, only_last: bool = False):
+    def mistaken(response: Tensor, labels: Tensor, student_logp: Tensor, kl: Tensor, reward: Tensor) -> Tensor:
+        mask = mask_of(response, labels).float()
+        inner = torch.ones_like(mask) if only_last else mask
+        later = lambda values: values.flip(1).cumsum(1).flip(1) - values
+        R = later(reward * inner) / later(inner).clamp(min=1)
+        return ((kl - student_logp * R) * mask).sum() / mask.sum()
+
+    return checked(mistaken)
+
+
+SLIPS = {
+    "the padding is gone, and with it every end token, which is the same token: labels tell them apart":
+        repaired(lambda response, labels: response != END),
+    "the mean is right, but the returns still count rewards and terms of the padding":
+        repaired(lambda response, labels: labels != IGNORED, only_last=True)}
 HINTS = ("Print response_mask for one short answer in a wide batch. How many tokens does it say there are?",
          "Which of the two, response and labels, ever holds -100?")
-EXERCISE = Exercise(checked(solve), checked(spec), cases, {}, HINTS)
+EXERCISE = Exercise(checked(solve), checked(spec), cases, SLIPS, HINTS,
+                    ("the gradient by student_logp", "the gradient by kl"))
 
 if __name__ == "__main__":
     if not sys.argv[1:]:

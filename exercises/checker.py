@@ -25,12 +25,14 @@ sys.path.append(str(ROOT))  # the project's files have no package
 @dataclass(frozen=True)
 class Exercise:
     """solve: the function to be written. spec: what it should compute. cases(): (name, arguments) pairs, awkward ones
-    among them. slips: what to say of a mistake, and a function that makes it. hints: a first and a second."""
+    among them. slips: what to say of a mistake, and a function that makes it. hints: a first and a second. parts: what
+    the values are, if it computes several, or several tuples."""
     solve: Callable
     spec: Callable
     cases: Callable[[], Iterator[tuple[str, tuple]]]
     slips: dict[str, Callable]
     hints: tuple[str, str]
+    parts: tuple[str | tuple[str, ...], ...] = ()
     tolerance: float = 1e-5
 
 
@@ -58,7 +60,7 @@ def check(exercise: Exercise, solve: Callable | None = None) -> Verdict:
             where = f", line {lines[-1].lineno} of {Path(lines[-1].filename).name}" if lines else ""
             fault = Verdict("error", f"case '{name}': {type(error).__name__}: {first_line(error)}{where}")
             break
-        if words := form(given, wanted):
+        if words := form(given, wanted, parts=exercise.parts):
             fault = Verdict("wrong", f"case '{name}': {words}")
             break
         if not same(mine, arguments, 0.0):
@@ -76,12 +78,12 @@ def check(exercise: Exercise, solve: Callable | None = None) -> Verdict:
         return Verdict("wrong", broken)
     if wrong:
         name, given, wanted = wrong[0]
-        return Verdict("wrong", f"case '{name}': {difference(given, wanted, exercise.tolerance)}")
+        return Verdict("wrong", f"case '{name}': {difference(given, wanted, exercise.tolerance, exercise.parts)}")
     return fault
 
 
 def with_gradient(solve: Callable) -> Callable:
-    """What is compared: the answer, value 1, and the gradient of its sum by the first argument, value 2."""
+    """What is compared: the answer, and the gradient of its sum by the first argument."""
     def answer_and_gradient(first: Tensor, *others) -> tuple:
         first = first.detach().requires_grad_()
         given, gradient = solve(first, *others), torch.zeros_like(first)
@@ -98,14 +100,20 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:200]
 
 
-def form(given, wanted, name: str = "the answer") -> str:
+def part_of(parts: tuple, n: int) -> tuple[str, tuple]:
+    """The name of the n-th value, and those of its own parts."""
+    part = parts[n] if parts else f"value {n + 1}"
+    return ("the answer", part) if isinstance(part, tuple) else (part, ())
+
+
+def form(given, wanted, name: str = "the answer", parts: tuple = ()) -> str:
     """What is wrong with the form of an answer, or nothing."""
     if given is None:
         return f"{name} is None: is there a return?"
     if isinstance(wanted, tuple):
         if not isinstance(given, tuple) or len(given) != len(wanted):
             return f"{name} should be {len(wanted)} values, not {kind(given)}"
-        faults = (form(g, w, f"value {n}") for n, (g, w) in enumerate(zip(given, wanted), 1))
+        faults = (form(g, w, *part_of(parts, n)) for n, (g, w) in enumerate(zip(given, wanted)))
         return next(filter(None, faults), "")
     if isinstance(wanted, Tensor):
         if not isinstance(given, Tensor):
@@ -153,11 +161,12 @@ def same(given, wanted, tolerance: float) -> bool:
     return callable(wanted) or given == wanted
 
 
-def difference(given, wanted, tolerance: float) -> str:
+def difference(given, wanted, tolerance: float, parts: tuple = ()) -> str:
     """Where two answers first differ."""
     if isinstance(wanted, tuple):
         n = next(n for n, (g, w) in enumerate(zip(given, wanted)) if not same(g, w, tolerance))
-        return f"value {n + 1}: {difference(given[n], wanted[n], tolerance)}"
+        name, own = part_of(parts, n)
+        return f"{name}: " * (not own) + difference(given[n], wanted[n], tolerance, own)
     if not isinstance(wanted, Tensor) or wanted.dim() == 0:
         return f"yours is {float(given):.6g}, it should be {float(wanted):.6g}" if isinstance(
             wanted, float | Tensor) else f"yours is {given!r}, it should be {wanted!r}"

@@ -248,6 +248,24 @@ def test_a_silent_bug_runs_is_wrong_and_can_be_repaired(name, tmp_path, capsys):
     assert checker.check(module.EXERCISE, checked(course.load(tmp_path / f"{name}.py").solve)).state == "solved"
 
 
+@pytest.mark.parametrize("name", REPAIRS)
+def test_half_a_repair_is_named(name):
+    module = importlib.import_module(name)
+    for words, slip in module.EXERCISE.slips.items():
+        assert checker.check(module.EXERCISE, slip) == checker.Verdict("wrong", words)
+
+
+def test_a_value_is_called_by_its_name():
+    x, parts = (torch.ones(2),), (("KL[p||q]", "KL[q||p]"), "the gradient")
+    verdict = lambda given: checker.check(checker.Exercise(
+        lambda x: given, lambda x: ((x, x), x), lambda: [("a case", x)], {}, ("", ""), parts)).message
+    one, two = torch.ones(2), 2 * torch.ones(2)
+    assert verdict(((one, two), one)) == "case 'a case': KL[q||p]: at [0] yours is 2, it should be 1"
+    assert verdict(((one, one), two)) == "case 'a case': the gradient: at [0] yours is 2, it should be 1"
+    assert verdict(((one, one[:1]), one)) == "case 'a case': KL[q||p] should have the shape (2,), it has (1,)"
+    assert verdict((one, one)) == "case 'a case': the answer should be 2 values, not a Tensor"
+
+
 def test_a_silent_bug_that_nobody_touched_is_unsolved(tmp_path):
     shutil.copy(FOLDER / "bug_1.py", tmp_path)
     assert course.verdict_on(tmp_path, "bug_1", 60.0) == ("unsolved", "as it was given")
