@@ -97,8 +97,8 @@ def future_reward(reward: Tensor, response_mask: Tensor, gamma: float = 1.0, len
 
 def importance_weights(student_logp: Tensor, mixed_logp: Tensor, response_mask: Tensor,
                        kind: str) -> tuple[Tensor, Tensor]:
-    """For tokens drawn from p~ instead of q, the weight of L_Single, and that of L_Long beside the ratio q / p~ at t,
-    which long_term_loss has in itself. (B, T) each.
+    """For tokens drawn from p~ instead of q, two weights, (B, T) each: that of L_Single, and that of L_Long without the
+    ratio q / p~ at t, by which long_term_loss itself multiplies.
 
     per_token: w_t = q(y_t) / p~(y_t), by which the paper replaces the product, to tame its variance; biased.
     product: prod_{t'<=t}, Eq. (5) as printed. Exact for the single step; biased for the long term, as R_{t+1} is made
@@ -136,9 +136,9 @@ def long_term_loss(student_logp: Tensor, behaviour_logp: Tensor, R: Tensor, weig
 
     The ratio q(y_t) / p~(y_t) is w_t of Eq. (5) and rho_t of Algorithm 1 in one: its gradient is w_t grad log q.
     Not min(rho, clip(rho)) R as printed, which forgets that R may be negative, but PPO's lower bound."""
-    ratio, advantage = (student_logp - behaviour_logp).exp(), R * weight
+    ratio, weighted = (student_logp - behaviour_logp).exp(), R * weight
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    return -torch.minimum(ratio * advantage, clipped * advantage), (clipped - ratio) * advantage < 0  # Alg. 1
+    return -torch.minimum(ratio * weighted, clipped * weighted), (clipped - ratio) * weighted < 0  # Alg. 1
 
 
 def minillm_loss(student_logp: Tensor, kl: Tensor, old_logp: Tensor, mixed_logp: Tensor, R: Tensor,
@@ -325,19 +325,19 @@ def collect(cfg: Config, collection: int, mine: list[int], instructions: list[da
                   cfg.sample_batch, keep_hidden=True, turn=turn)
 
 
-def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], advantage: Tensor, cfg: Config, m: Machine,
+def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], R: Tensor, cfg: Config, m: Machine,
           backward: Callable | None = None) -> dict[str, Tensor]:
     """Eq. (7) at each token of some rows of a rollout, row by row, (N,) each: "loss", of which `backward` takes sums
     backward; "loss_single" and "loss_long", of which it is made; "weight", w_t; "clipped", where the clipping bites;
     "gap", by how much log q(y_t) has changed since it was sampled; "student_logp", log q(y_t) now; "reverse_kl",
-    KL[q || p]. advantage (B, T) is R.
+    KL[q || p]. R (B, T), of all rows, may be whitened.
 
     One pass of the student. The teacher's hidden states were kept, so it costs its output embedding and no layer."""
     prompts, answers = [rollout.prompts[r] for r in rows], [rollout.answers[r] for r in rows]
     tokens, response, mask = data.pad_right(prompts, answers, m.device)  # (b, S), (b, T), (b, T)
     row, t = mask.nonzero(as_tuple=True)
     row = torch.tensor(rows, device=m.device)[row]  # of the rollout
-    known = (rollout.teacher_hidden, rollout.student_logp, rollout.mixed_logp, advantage)
+    known = (rollout.teacher_hidden, rollout.student_logp, rollout.mixed_logp, R)
     known = [values[row, t] for values in known]  # (N, D), then (N,) each
 
     def terms(head: Tensor, hidden: Tensor, y: Tensor, teacher_hidden: Tensor, *of_rollout: Tensor) -> tuple:
@@ -365,7 +365,7 @@ def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], advanta
     return dict(zip(names, values))
 
 
-def accumulate(micro_batch: int, student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], advantage: Tensor,
+def accumulate(micro_batch: int, student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], R: Tensor,
                pieces: list[data.Example], divisor: float, pt_divisor: float, cfg: Config, m: Machine,
                scaler: torch.amp.GradScaler) -> tuple[dict, Tensor]:
     """Adds to the student's gradient that of Eq. (7) over some rows of a rollout, and that of L_PT over pieces of plain
@@ -375,7 +375,7 @@ def accumulate(micro_batch: int, student: GPT, teacher: GPT, rollout: Rollout, r
     backward = lambda loss: scaler.scale(loss / divisor).backward()
     pt_backward = lambda loss: scaler.scale(cfg.pt_coef * loss / pt_divisor).backward()
     for at in range(0, len(rows), micro_batch):
-        tokens = score(student, teacher, rollout, rows[at : at + micro_batch], advantage, cfg, m, backward)
+        tokens = score(student, teacher, rollout, rows[at : at + micro_batch], R, cfg, m, backward)
         sums |= {name: sums[name] + tokens[name].sum() for name in sums if name != "loss_pt"}
         weight_max = torch.maximum(weight_max, tokens["weight"].max())
     for at in range(0, len(pieces), micro_batch):
@@ -460,9 +460,9 @@ def distil(cfg: Config, stop: Stop | None = None) -> dict:
         seeds = [(cfg.seed, collection, epoch) for epoch in range(cfg.inner_epochs)]
         batches = [batch for seed in seeds for batch in minibatches(cfg.rollouts, cfg.minibatch, seed)]
         for number, batch in enumerate(batches[: cfg.steps - step]):
-            started, tokens, advantage = time.perf_counter(), sum(lengths[i] for i in batch), torch.zeros_like(R)
-            advantage[batch] = whiten(R[batch], mask[batch], cfg.whiten)
-            advantage = advantage[mine]
+            started, tokens, whitened = time.perf_counter(), sum(lengths[i] for i in batch), torch.zeros_like(R)
+            whitened[batch] = whiten(R[batch], mask[batch], cfg.whiten)
+            whitened = whitened[mine]
             # one normaliser for the whole minibatch, however it is split: its tokens, of all processes, not the M of
             # Algorithm 1, under which a piece of D_PT outweighs an answer by being longer
             by_token = cfg.normalize == "token"
@@ -471,7 +471,7 @@ def distil(cfg: Config, stop: Stop | None = None) -> dict:
             rows = [place[i] for i in sorted((i for i in batch if i in place), key=lambda i: -lengths[i])]
             pieces = data.picks(step * cfg.minibatch, cfg.minibatch, len(corpus), cfg.seed) if corpus else []
             pieces = [corpus[i] for i in pieces[m.rank :: m.world]]
-            parts = (student, teacher, rollout, rows, advantage, pieces, divisor, pt_divisor, cfg, m, scaler)
+            parts = (student, teacher, rollout, rows, whitened, pieces, divisor, pt_divisor, cfg, m, scaler)
             (sums, weight_max), micro_batch = supervised.fitting(accumulate, micro_batch, student, *parts)
             totals = torch.stack([torch.as_tensor(value, device=m.device).float() for value in sums.values()])
             m.sum(totals)
@@ -566,7 +566,7 @@ def explain(cfg: Config) -> None:
     for name, (_, meaning) in shown.items():
         m.say(f"{name:>14}  {meaning}")
     m.say(f"\nAn update divides the sums of both losses over its {cfg.minibatch} answers by their {divisor}, and adds "
-          f"{cfg.pt_coef:g} L_PT.")
+          f"{cfg.pt_coef:g} L_PT" + f", of which a share of {cfg.pt_kd:g} is KL[p || q]" * (cfg.pt_kd > 0) + ".")
 
 
 # ---- all stages -----------------------------------------------------------------------------------------------------

@@ -80,6 +80,8 @@ ESTIMATORS = {
     "Eqs. (4, 5) as printed: product": dict(mix_alpha=0.2, weight="product"),
     "Eqs. (4, 5) with w_t per token": dict(mix_alpha=0.2),
     "  the same, not on L_Single": dict(mix_alpha=0.2, weight_single=False),
+    "  the same, length-normalised, Eq. (6)": dict(mix_alpha=0.2, length_norm=True),
+    "  the same, clipped": dict(mix_alpha=0.2, clip_eps=0.2),
     "Eq. (4), no weights": dict(mix_alpha=0.2, weight="none"),
     "Eq. (6), length normalisation": dict(length_norm=True),
     "--recipe=paper: Eq. (7), clipped": PAPER,

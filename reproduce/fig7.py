@@ -4,19 +4,16 @@ The paper:      (S-NI) no method gains where references have 5 tokens or less; M
 The tiny world: no figure: all its references have 13 words and more, one group; Rouge-L is chance there besides.
 --world=paper:  the released students on DollyEval, whose references are of all lengths; the paper's S-NI is on the hub
                 in files by length, of which data.py reads the longest. Not run yet.
-Run:            python reproduce/fig7.py
+Run:            python reproduce/fig7.py --world=paper
 """
 
 from worlds import World, run
 
 
 def commands(world: World):
-    if world.tiny:
-        yield world.start()
-        return
-    for method in ("SFT", "KD", "SeqKD", "MiniLLM"):
-        model = f"MiniLLM/{method}-gpt2-120M"
-        yield ["eval.py", f"--model={model}", "--data=dolly", f"--out={world.shared('eval')}/{method}-gpt2-120M"]
+    for method in ("SFT", "KD", "SeqKD", "MiniLLM") if not world.tiny else ():
+        name = f"{method}-gpt2-120M"
+        yield ["eval.py", f"--model=MiniLLM/{name}", "--data=dolly", f"--out={world.shared('eval')}/{name}/dolly"]
 
 
 if __name__ == "__main__":

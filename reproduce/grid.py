@@ -5,7 +5,7 @@ references; MiniLLM without its long term is reverse on mixed. No pair has the l
 weights; else the pairs differ in nothing.
 
 The tiny world: 16 runs a seed; an hour on two cores.
---world=paper:  16 times phase 2. Not run yet.
+--world=paper:  17 times phase 2, one of them with the long term, to compare. Not run yet.
 Run:            python reproduce/grid.py
 """
 

@@ -1,9 +1,11 @@
-"""Reward hacking: without the paper's three strategies reverse KL falls in training while answers degenerate.
+"""What may go wrong: a student without the paper's three strategies, and one whose last token is paid nothing.
 
 The paper:      Section 2.2 and its Table 8 of failures ("We to know"): short or repeated phrases that the teacher finds
                 likely.
-The tiny world: read the answers in the report, beside those of the full method.
---world=paper:  two times phase 2. Not run yet.
+The tiny world: read the answers in the report, beside those of the full method. `hacked` has none of the three; its
+                noise leads it astray. `unpaid` lacks the single step, in which r_t is, and its R_{t+1} has no r_t
+                either, so that to end at once is paid best: this one does hack its reward.
+--world=paper:  three times phase 2. Not run yet.
 Run:            python reproduce/hacking.py
 """
 
@@ -13,6 +15,7 @@ from worlds import World, run
 def commands(world: World):
     yield world.start()
     yield world.variant("hacked", "--length_norm=False", "--mix_alpha=0", "--single_step=False")
+    yield world.variant("unpaid", "--single_step=False", "--return_from=next")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Table 7 (appendix): what the language-model loss on plain text, L_PT, keeps.
+"""Table 7 (appendix): what the language-model loss on plain text, L_PT, is good for.
 
 The paper:      without L_PT the average accuracy on SST-2 and BoolQ falls from 70.2 to 65.7 (OPT-1.3B) and instruction
                 Rouge-L rises from 52.8 to 53.2.
-The tiny world: `text_loss`, nats a token on its plain text, stands for accuracy; minutes.
+The tiny world: `text_loss`, nats a token on its plain text, stands for accuracy; minutes. Its student has not seen
+                plain text before phase 2, so L_PT can teach, but keep nothing: phase 1 is measured beside the others.
 --world=paper:  GPT-2 120M, accuracy by calibration.py; give the two files, which are not on the hub in this form, as
                 boolq_dev.jsonl (SuperGLUE's or Google's) and dev.tsv (GLUE's SST-2) in the project's root. Not run yet.
 Run:            python reproduce/table7.py
@@ -14,8 +15,9 @@ from worlds import World, run
 def commands(world: World):
     yield world.start()
     yield world.variant("no-plain-text", "--pt_coef=0")
-    for variant in ("start", "no-plain-text"):
-        model, out = f"{world.folder(variant)}/minillm", world.folder(f"text-{variant}")
+    models = {"init": world.init} | {name: f"{world.folder(name)}/minillm" for name in ("start", "no-plain-text")}
+    for name, model in models.items():
+        out = world.folder(f"text-{name}")
         if world.tiny:
             yield ["eval.py", f"--model={model}", "--corpus=tiny-text", "--max_prompt_tokens=16",
                    "--max_response_tokens=28", f"--out={out}"]

@@ -29,7 +29,7 @@ def worlds(monkeypatch):
 @pytest.mark.parametrize("world", ["tiny", "paper"])
 def test_every_command_is_accepted(script, world, worlds):
     commands = list(importlib.import_module(script).commands(worlds.World(world, 1)))
-    assert commands or (script, world) == ("released", "tiny")
+    assert commands or (script in ("released", "fig7") and world == "tiny")
     for name, *flags in commands:
         module = importlib.import_module(name.removesuffix(".py"))
         cfg = parse(module.Config, flags, getattr(module, "presets", None))
