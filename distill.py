@@ -624,7 +624,7 @@ def answer_once(cfg: sampling.Config) -> None:
     made_with = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE | {"batch_size"}}
     made_with["checksum"] = checksum(cfg.model)
     there = answers.is_file()
-    if there and (not beside.is_file() or read_json(beside) != made_with):
+    if there and (not beside.is_file() or made_with | read_json(beside) != made_with):  # older ones lack the last
         raise UserError(f"{answers} was made with another teacher, seed or length: choose another --out, or remove it")
     m.barrier()  # all have looked before one writes
     if not there:
