@@ -12,6 +12,7 @@ Left out: a critic, a KL to the initial student, an entropy bonus (the paper has
 import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -260,6 +261,10 @@ class Config:
                             f"leave {wrong} out")
         if self.divergence != "reverse" and self.long_term:
             raise UserError(f"--divergence={self.divergence} has no long term: leave --long_term=True out")
+        for name in ("teacher", "student"):
+            if os.path.realpath(getattr(self, name)) == os.path.realpath(Path(self.out) / "minillm"):
+                raise UserError(f"--{name}={getattr(self, name)} would be overwritten by the result: give "
+                                "another --out")
         names = self.baselines.split(",") if self.baselines else []
         if not set(names) <= {"sft", "kd", "seqkd"} or len(names) > len(set(names)):
             raise UserError(f"--baselines={self.baselines}: give sft, kd and seqkd, or some of them, once each")

@@ -300,8 +300,10 @@ def samples(name: str) -> Path:
 
 def file_of(cfg: Config) -> str:
     """The name of the results: those of another judge, or against another model, have another."""
-    plain = lambda text: re.sub(r"[^\w.-]+", "-", text or "")[-80:].strip("-.")
-    return f"judge-{plain(cfg.judge)}" + f"-against-{plain(cfg.against)}" * bool(cfg.against) + ".json"
+    plain = lambda text: re.sub(r"[^\w.-]+", "-", text)[-80:].strip("-.")
+    other = os.path.realpath(cfg.against or "")
+    against = f"-against-{plain(cfg.against or '')}-{hashlib.sha256(other.encode()).hexdigest()[:6]}"
+    return f"judge-{plain(cfg.judge)}" + against * bool(cfg.against) + ".json"
 
 
 def read_answers(name: str, need_references: bool) -> list[dict]:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError, read_json, written_aside
+from config import Stopped, UserError, read_json, written_aside
 
 
 @dataclass(frozen=True)
@@ -353,7 +353,7 @@ def fetch(name: str, file: str, repo_type: str = "model", revision: str | None =
         made = "; `python distill.py` makes it" if name.startswith("out/tiny") else ""
         raise UserError(f"{name!r} is neither a folder nor a name on the hub (NAME or OWNER/NAME){made}")
     from huggingface_hub import errors, hf_hub_download
-    if Path(name).is_file():
+    if repo_type == "model" and Path(name).suffix and Path(name).is_file():
         raise UserError(f"{name} is a file: a model is a folder, with config.json and weights, or a name on the hub")
     try:
         return intact(Path(hf_hub_download(name, file, repo_type=repo_type, revision=revision)))
@@ -372,7 +372,7 @@ def fetch(name: str, file: str, repo_type: str = "model", revision: str | None =
     except errors.HfHubHTTPError as error:
         raise UserError(f"{name}: the hub answered {error.response.status_code} for {file}; try again later, or give a "
                         "local folder") from None
-    except (UserError, OSError):
+    except (UserError, OSError, Stopped):
         raise
     except Exception as error:  # of the client below huggingface_hub's own: an HF_ENDPOINT that is no address, say
         raise UserError(f"{name}: the hub could not be asked for {file} ({type(error).__name__}); is HF_ENDPOINT, if "
@@ -464,6 +464,8 @@ def read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
             if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()):
                 raise ValueError("it holds something else than tensors by their names")
             yield from tensors.items()
+    except Stopped:
+        raise
     except Exception as error:  # each reader has its own errors for a broken file, and they all mean this
         raise UserError(f"{path} is damaged or incomplete: remove it and fetch it again "
                         f"({type(error).__name__}: {str(error).partition(chr(10))[0][:80]})") from None

@@ -113,7 +113,7 @@ def read_known(path: Path) -> Found | None:
         if answers and given.get("files") not in (None, checksum(answers)):
             raise UserError(f"{path} has marks of other answers than are in {answers} now: run judge.py again, or "
                             "remove it")
-    left_out = FREE | {"seed", "command", "checksums"} if kind == "training" else UNCHANGED
+    left_out = FREE | {"seed", "command", "bytes", "checksums"} if kind == "training" else UNCHANGED
     left_out = left_out | ({"teacher", "corpus"} if kind == "evaluation" else set())
     settings = {name: unseeded(value) for name, value in given.items() if name not in left_out}
     if kind == "evaluation":  # of the model, for the teacher only adds to what is measured

@@ -105,7 +105,7 @@ class Config:
               evals=(1, 10**6), max_prompt_tokens=(1, 1022), max_tokens=(2, 1024), seed=(0, 2**62),
               log_every=(1, 10**9))
         check_place(self, "out")
-        if os.path.normpath(self.model) == os.path.normpath(self.out):
+        if os.path.realpath(self.model) == os.path.realpath(self.out):
             raise UserError(f"--model={self.model} would be overwritten by its own result: give another --out")
         if self.epochs and self.updates:
             raise UserError("--epochs and --updates both say how long to train: give one")
@@ -284,6 +284,8 @@ def load_state(out: Path, cfg, model: GPT, optimizer, scaler, m: Machine) -> tup
             if state["scaler"]:  # empty unless it was float16
                 scaler.load_state_dict(state["scaler"])
             logged, _ = state["step"], state["best"]
+        except (Stopped, torch.cuda.OutOfMemoryError):
+            raise
         except Exception as error:  # pickle, zip and torch have one each for a broken file
             older = before.is_file() and path != before
             other = f"; {before} is older: remove {path.name}, and --resume takes that" if older else ""

@@ -4,7 +4,7 @@ The paper:      Section 2.2 and its Table 8 of failures ("We to know"): short or
                 likely.
 The tiny world: read the answers in the report, beside those of the full method. `hacked` has none of the three; its
                 noise leads it astray. `unpaid` lacks the single step, in which r_t is, and its R_{t+1} has no r_t
-                either, so that to end at once is paid best: this one does hack its reward.
+                either: to end at once is paid nothing, which is more than most of what it says.
 --world=paper:  three times phase 2. Not run yet.
 Run:            python reproduce/hacking.py
 """

@@ -206,7 +206,7 @@ def test_a_signal_ends_the_class_and_what_it_has_started(tmp_path):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'begun')!r}, 'w').close()\n{ENDLESS}")
     command = [sys.executable, str(FOLDER / "check.py"), str(tmp_path), "--seconds=600"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "begun").exists():
+    while process.poll() is None and not (tmp_path / "begun").exists():
         time.sleep(0.1)
     process.terminate()
     assert "stopped" in process.communicate(timeout=60)[1] and process.returncode == 143
