@@ -236,7 +236,7 @@ def test_a_log_that_a_power_cut_has_spoilt_does_not_stop_a_run(tiny_models, tmp_
         torch.save(broken, state)
         refused(lambda: supervised.main(supervised.Config(**settings)), "state.pt is damaged")
     torch.save(whole, state)
-    log.write_bytes(log.read_bytes() + b"\n\0\0\0\n\xff\n{}\n[]\n" + b'{"step": 1')
+    log.write_bytes(log.read_bytes() + b"\n\0\0\0\n\xff\n{}\n[]\n" + b'{"step": 1}')
     supervised.main(supervised.Config(**settings))
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4]
 
