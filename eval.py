@@ -213,8 +213,9 @@ def main(cfg: Config, own: bool = False) -> dict:
         folder = lambda name: str(Path(cfg.out) / Path(name).stem) if cfg.out else None
         if len({Path(name).stem for name in names}) < len(names):
             raise UserError(f"--data={cfg.data}: two sets of one name; evaluate one by one")
+        data.load_tokenizer(cfg.model)  # what is missing is told before any set is worked on
         for name in names:
-            data.load_rows(name, cfg.split)  # one that is missing is told before any is worked on
+            data.load_rows(name, cfg.split)
         corpus = {names[0]: cfg.corpus}  # plain text is measured once, beside the first
         return {name: main(replace(cfg, data=name, out=folder(name), corpus=corpus.get(name))) for name in names}
     m, tokenizer = machine(cfg.device, cfg.dtype, capture=cfg.capture), data.load_tokenizer(cfg.model)
