@@ -1,8 +1,8 @@
 """Speed and memory of our own parts, one JSON line each, beside this machine's floor and, on demand, beside a peer.
 
-Weights and prompts are random, so nothing is downloaded; end tokens are off, so that answers are of full length.
-Ours and the peer's take turns, each in a process of its own. In a turn the second of two runs counts, for behind a
-pause the same work took up to a third longer. Figures are medians, and only their ratio is worth much.
+Weights and prompts are random, so nothing is downloaded, and end tokens are off, so every answer has full length. We
+and the peer take turns, each in a process of its own. The second of a turn's two runs counts: after a pause the same
+work took up to a third longer. Figures are medians, and only their ratio means much.
 
 Run:      python bench.py --parts=sample_q,sample_mixed
           python bench.py --against=transformers
@@ -15,6 +15,7 @@ Left out: multi-GPU scaling (log.jsonl of a run has the seconds); the quality of
 """
 
 import contextlib
+import copy
 import importlib.util
 import json
 import multiprocessing
@@ -41,7 +42,7 @@ from model import GPT, GPTConfig, frozen, is_shape, trained
 from sample import Rollout, sample, turns, uniforms
 
 ALPHA = 0.2  # of Eq. (4)
-UNCOUNTED = 1  # turns of two runs: what is made once is made, and memory settles
+UNCOUNTED = 1  # first turns, in which what is made once is made and memory settles
 PARTS = ("sample_q", "sample_p", "sample_mixed", "update", "cycle", "collection", "sft", "rouge")
 
 
@@ -104,20 +105,20 @@ class Config:
 
 
 def draw(count: int, length: int) -> list[list[int]]:
-    """Random tokens of GPT-2's vocabulary, its end token left out."""
+    """Rows of random tokens from GPT-2's vocabulary, without its end token."""
     return np.random.default_rng(0).integers(0, 50256, (count, length)).tolist()
 
 
 # ---- ours -----------------------------------------------------------------------------------------------------------
 
 class Ours:
-    """Each part as a function of nothing. What a part needs is made when it is first asked for."""
+    """Each part as a method without arguments. What a part needs is made on first use."""
 
     def __init__(self, cfg: Config, m: Machine, response_tokens: int):
         self.cfg, self.m, self.T, self.spent, self.collections = cfg, m, response_tokens, {}, 0
         self.prompts = draw(cfg.batch, cfg.prompt_tokens)
         self.samples = [Example(Row(""), row[:1], row[1:]) for row in draw(cfg.batch, cfg.sft_tokens)]
-        self.pieces = [Example(Row(""), row[:1], row[1:]) for row in draw(cfg.batch, cfg.pt_tokens)]
+        self.pieces = [Example(Row(""), row[:1], row[1:]) for row in draw(cfg.batch, cfg.pt_tokens) if row]
 
     def new(self, shape: str) -> GPT:
         torch.manual_seed(0)
@@ -184,18 +185,12 @@ class Ours:
 
     def learn(self, rollout: Rollout, R: Tensor, rows: list[int]) -> None:
         """One update on these answers, and on as many pieces of D_PT, as distill.py takes it."""
-        (optimizer, scaler), m, size = self.optimizer, self.m, self.cfg.micro_batch or self.cfg.batch
-        for at in range(0, len(rows), size):
-            micro = rows[at : at + size]
-            with self.clocked("gradient"):
-                backward = lambda loss: scaler.scale(loss / (len(rows) * self.T)).backward()
-                distill.score(self.student, self.p, rollout, micro, R, distill.Config(), m, backward)
-        for at in range(0, len(rows) if self.cfg.pt_tokens else 0, size):
-            with self.clocked("gradient"):
-                backward = lambda loss: scaler.scale(loss / (len(rows) * (self.cfg.pt_tokens - 1))).backward()
-                supervised.answer_loss(self.student, self.pieces[at : at + size], m, backward=backward)
+        (optimizer, scaler), cfg, B = self.optimizer, self.cfg, len(rows)
+        with self.clocked("gradient"):
+            distill.accumulate(cfg.micro_batch or cfg.batch, self.student, self.p, rollout, rows, R, self.pieces,
+                               B * self.T, B * (cfg.pt_tokens - 1), distill.Config(), self.m, scaler)
         with self.clocked("optimizer"):
-            supervised.apply_update(self.student, optimizer, scaler, m, 1e-6, 1.0)
+            supervised.apply_update(self.student, optimizer, scaler, self.m, 1e-6, 1.0)
 
     def update(self) -> None:
         self.learn(self.rollout, self.R, list(range(self.cfg.batch)))
@@ -229,15 +224,27 @@ class Ours:
 
 # ---- peers, as one would use them -----------------------------------------------------------------------------------
 
-class Transformers:
-    """generate() for one model; for two the plain loop over tokens; for a cycle the calls that the released code of the
-    paper makes: two generations, three passes of each model over the answers, and the teacher again in the update."""
+class Peer:
+    """What all peers share. Each has a `student` and its `optimizer`."""
 
     def __init__(self, cfg: Config, m: Machine, response_tokens: int):
         self.cfg, self.m, self.T = cfg, m, response_tokens
         self.dtype = m.dtype if cfg.peer_dtype == "same" else getattr(torch, cfg.peer_dtype)
         self.tokens = torch.tensor(draw(cfg.batch, cfg.prompt_tokens), device=m.device)
         self.samples = torch.tensor(draw(cfg.batch, cfg.sft_tokens), device=m.device)
+
+    def autocast(self):
+        return torch.autocast(self.m.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def step(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Transformers(Peer):
+    """generate() for one model; for two the plain loop over tokens; for a cycle the calls that the released code of the
+    paper makes: two generations, three passes of each model over the answers, and the teacher again in the update."""
 
     def new(self, shape: str):
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -256,7 +263,7 @@ class Transformers:
 
     @cached_property
     def q(self):
-        """The student for decoding: in the dtype itself, as one would load it."""
+        """The student for decoding, loaded in the dtype itself, as one would."""
         return self.new(self.cfg.student).to(self.dtype).eval()
 
     @cached_property
@@ -266,9 +273,6 @@ class Transformers:
     @cached_property
     def whole(self) -> Tensor:
         return self.mixed(self.q)
-
-    def autocast(self):
-        return torch.autocast(self.m.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def generate(self, model) -> Tensor:
         return model.generate(self.tokens, attention_mask=torch.ones_like(self.tokens), do_sample=True, top_k=0,
@@ -309,13 +313,7 @@ class Transformers:
             (kl - logp).mean().backward()
         self.step()
 
-    def step(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
     def cycle(self) -> None:
-        import copy
         student = copy.deepcopy(self.student).to(self.dtype).eval()
         tokens, other = self.mixed(student), self.generate(student)
         with torch.no_grad():
@@ -332,11 +330,7 @@ class Transformers:
 
 
 class Trl(Transformers):
-    """A step of TRL's MiniLLM trainer: it neither mixes nor has D_PT, and its return is the default, or Eq. (2)'s."""
-
-    @cached_property
-    def folder(self):
-        return tempfile.TemporaryDirectory()
+    """A step of TRL's MiniLLM trainer, which neither mixes nor has D_PT; its return is the default, or Eq. (2)'s."""
 
     @cached_property
     def trainer(self):
@@ -348,6 +342,7 @@ class Trl(Transformers):
         words.pre_tokenizer = pre_tokenizers.Whitespace()
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w50256", pad_token="w50256")
         rows = [{"prompt": " ".join(f"w{token}" for token in row)} for row in self.tokens.tolist()] * 2
+        self.folder = tempfile.TemporaryDirectory()  # removed with this object
         args = MiniLLMConfig(
             output_dir=self.folder.name, per_device_train_batch_size=self.cfg.batch, num_generations=2, max_steps=1,
             max_completion_length=self.T, generation_kwargs={"min_new_tokens": self.T}, temperature=1.0, gamma=1.0,
@@ -358,20 +353,21 @@ class Trl(Transformers):
         trainer.train()  # makes the optimizer
         return trainer
 
+    @property
+    def optimizer(self):
+        return self.trainer.optimizer
+
     def cycle(self) -> None:
         batch = next(iter(self.trainer.get_train_dataloader()))
         self.trainer.training_step(self.trainer.model_wrapped, batch, None)
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
-        self.trainer.optimizer.step()
-        self.trainer.optimizer.zero_grad()
+        self.step()
 
 
-class NanoGPT:
+class NanoGPT(Peer):
     """nanoGPT's model and optimizer; it generates without a cache, and on a CPU its AdamW is not fused."""
 
     def __init__(self, cfg: Config, m: Machine, response_tokens: int):
-        self.cfg, self.m, self.T = cfg, m, response_tokens
-        self.dtype = m.dtype if cfg.peer_dtype == "same" else getattr(torch, cfg.peer_dtype)
+        super().__init__(cfg, m, response_tokens)
         spec = importlib.util.spec_from_file_location("nanogpt_model", Path(cfg.nanogpt) / "model.py")
         self.code = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.code)
@@ -388,18 +384,14 @@ class NanoGPT:
             return self.student.configure_optimizers(0.0, 1e-6, (0.9, 0.95), self.m.device.type)
 
     def sample_q(self) -> None:
-        with torch.no_grad(), torch.autocast(self.m.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            tokens = torch.tensor(draw(self.cfg.batch, self.cfg.prompt_tokens), device=self.m.device)
-            self.student.generate(tokens, self.T)
+        with torch.no_grad(), self.autocast():
+            self.student.generate(self.tokens, self.T)
 
     def sft(self) -> None:
-        samples = torch.tensor(draw(self.cfg.batch, self.cfg.sft_tokens), device=self.m.device)
-        with torch.autocast(self.m.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            _, loss = self.student(samples[:, :-1], samples[:, 1:].contiguous())
+        with self.autocast():
+            _, loss = self.student(self.samples[:, :-1], self.samples[:, 1:].contiguous())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.step()
 
 
 SIDES = {"ours": (Ours, PARTS), "nanogpt": (NanoGPT, ("sample_q", "sft")), "trl": (Trl, ("cycle",)),
@@ -409,10 +401,10 @@ SIDES = {"ours": (Ours, PARTS), "nanogpt": (NanoGPT, ("sample_q", "sft")), "trl"
 # ---- the machine's floor --------------------------------------------------------------------------------------------
 
 def measure_machine(m: Machine) -> tuple[float, float]:
-    """FLOP/s of a large matrix product in the dtype of autocast, and bytes/s of reading memory: the best of 20."""
-    n = 8192 if m.device.type == "cuda" else 2048
+    """FLOP/s of a large matrix product in autocast's dtype, and bytes/s of reading memory: the best of 20 each."""
+    n, size = (8192, 2**31) if m.device.type == "cuda" else (2048, 2**28)
     a, b = torch.randn(2, n, n, device=m.device).to(m.dtype)
-    words = torch.zeros(2**31 // 4 if m.device.type == "cuda" else 2**28 // 4, dtype=torch.int32, device=m.device)
+    words = torch.zeros(size // 4, dtype=torch.int32, device=m.device)
     rate = max(2 * n**3 / m.seconds(lambda: a @ b) for _ in range(20))
     bandwidth = max(words.nbytes / m.seconds(lambda: words.max()) for _ in range(20))
     if m.device.type == "cuda":  # 3 GB, which the processes to be timed may want
@@ -422,8 +414,8 @@ def measure_machine(m: Machine) -> tuple[float, float]:
 
 
 def floor(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: float) -> float | None:
-    """Seconds that a part must take on this machine: its products at the full rate, or its weights read once a step,
-    and the keys and values of what was said."""
+    """The least seconds a part can take on this machine: for its products at the full rate, or to read, once a step,
+    the weights and the keys and values so far, whichever is longer."""
     shapes = {name: GPTConfig(*map(int, name.split("x"))) for name in (cfg.student, cfg.teacher)}
     matrices = {name: shape.n_layer * 12 * shape.n_embd**2 for name, shape in shapes.items()}
     heads = {name: 50257 * shape.n_embd for name, shape in shapes.items()}
@@ -439,7 +431,7 @@ def floor(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: fl
         return max(reading, products(name, tokens, predicted))
 
     def decode(name: str, share: float = 1.0) -> float:  # of the tokens, in as many passes
-        held = cfg.prompt_tokens + T / 2  # on average, the token that is read among them
+        held = cfg.prompt_tokens + T / 2  # on average, with the token being read
         return read(name, cfg.prompt_tokens, 1) + share * (T - 1) * read(name, 1 / share, 1 / share, held)
 
     both = decode(cfg.student, 1 - ALPHA * cfg.turns) + decode(cfg.teacher, ALPHA if cfg.turns else 1.0)
@@ -453,8 +445,8 @@ def floor(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: fl
 # ---- command --------------------------------------------------------------------------------------------------------
 
 def serve(side: str, part: str, T: int, cfg: Config, m: Machine, pipe: Connection) -> None:
-    """A process of one side, so that neither an allocator's settings nor memory are shared: runs its part when asked,
-    and answers with seconds, what they went to, and peak GiB."""
+    """Runs a part whenever it is asked to, and answers with seconds, what they went to, and peak GiB. Each side does so
+    in a process of its own: neither the allocator's settings, which `machine` makes for ours, nor memory are shared."""
     owner = SIDES[side][0](cfg, machine(cfg.device, cfg.dtype, capture=cfg.capture) if side == "ours" else m, T)
     while pipe.recv():
         owner.spent = {}
@@ -463,7 +455,7 @@ def serve(side: str, part: str, T: int, cfg: Config, m: Machine, pipe: Connectio
 
 
 def second_run(pipe: Connection) -> tuple[float, dict, float]:
-    """What a side says of its second run of two."""
+    """Asks for two runs, and returns the answer to the second."""
     for _ in range(2):
         pipe.send(True)
         said = pipe.recv()
@@ -471,7 +463,7 @@ def second_run(pipe: Connection) -> tuple[float, dict, float]:
 
 
 def measure(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: float) -> dict:
-    """The line of one part: each side in a process of its own, in turn."""
+    """The line of one part, which both sides run in turn."""
     spawn, pipes, processes = multiprocessing.get_context("spawn"), {}, []
     for side in ("ours", cfg.against):
         if side != "none" and part in SIDES[side][1]:
@@ -480,27 +472,28 @@ def measure(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: 
             processes[-1].start()
             end.close()
     runs = {side: [] for side in pipes}
-    for _ in range(cfg.repeats + UNCOUNTED):
+    for turn in range(UNCOUNTED + cfg.repeats):
         for side, pipe in pipes.items():
             try:
-                runs[side].append(second_run(pipe))
+                said = second_run(pipe)
             except (EOFError, ConnectionError):
                 raise UserError(f"{part}: {side} failed; what it said stands above") from None
+            if turn >= UNCOUNTED:
+                runs[side].append(said)
     for pipe, process in zip(pipes.values(), processes):
         pipe.send(False)
         process.join()
-    counted = {side: run[UNCOUNTED:] for side, run in runs.items()}
-    ours, *peers = (statistics.median(taken for taken, _, _ in run) for run in counted.values())
-    spent = {name: statistics.median(spent[name] for _, spent, _ in counted["ours"]) for name in runs["ours"][-1][1]}
-    gib = runs["ours"][-1][2]
+    ours, *peers = (statistics.median(seconds for seconds, _, _ in run) for run in runs.values())
     if part == "rouge":
         return {"part": part, "answers_per_second": round(100 / ours)}
+    _, parts, gib = runs["ours"][-1]
+    spent = {name: statistics.median(spent[name] for _, spent, _ in runs["ours"]) for name in parts}
     count = {"sft": cfg.batch * cfg.sft_tokens, "collection": cfg.answers * T}.get(part, cfg.batch * T)
     line = {"part": part, "student": cfg.student, "teacher": cfg.teacher, "turns": cfg.turns, "batch": cfg.batch,
             "prompt_tokens": cfg.prompt_tokens, "response_tokens": T, "seconds": round(ours, 4),
             "seconds_by_part": {name: round(value, 4) for name, value in spent.items()},
-            "tokens_per_second": round(count / ours, 1), "share_of_floor":
-            round(floor(cfg, m, part, T, rate, bandwidth) / ours, 3), "peak_gib": round(gib, 2)}
+            "tokens_per_second": round(count / ours, 1),
+            "share_of_floor": round(floor(cfg, m, part, T, rate, bandwidth) / ours, 3), "peak_gib": round(gib, 2)}
     if peers:
         line |= {"against": cfg.against, "peer_seconds": round(peers[0], 4), "ratio": round(peers[0] / ours, 2),
                  "peer_peak_gib": round(runs[cfg.against][-1][2], 2)}
@@ -513,9 +506,9 @@ def plot(lines: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4))
     for part in dict.fromkeys(line["part"] for line in lines if "seconds" in line):
         points = [(line["response_tokens"], line["seconds"]) for line in lines if line["part"] == part]
-        axes.plot(*zip(*points), "o-", label=part)
-        first = points[0]
-        axes.plot([0, points[-1][0]], [0, first[1] / first[0] * points[-1][0]], ":", color=axes.lines[-1].get_color())
+        (T, seconds), (longest, _) = points[0], points[-1]
+        (drawn,) = axes.plot(*zip(*points), "o-", label=part)
+        axes.plot([0, longest], [0, seconds / T * longest], ":", color=drawn.get_color())
     axes.set(xlabel="response tokens, T", ylabel="seconds (dotted: the first point, in proportion)", xlim=0, ylim=0)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
