@@ -15,7 +15,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -59,13 +59,12 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once and written in place. `length` is the number of tokens held. Each
-    layer has a tensor of its own: a GPU whose memory is nearly full may have no room in one piece for all of them.
+    """Keys and values of every layer, allocated once and written in place; `length` is the number of tokens held. Each
+    layer has its own tensor: a GPU that is nearly full may lack a single piece of memory for all. On a CPU they are
+    float32 even under autocast: there attention of one token takes five times as long in bfloat16.
 
-    On a CPU they are float32 even under autocast: its attention of one token in bfloat16 took five times as long.
-
-    A step that is recorded and replayed may not go by a number that the host counts. With `recorded`, the place of a
-    single token is read from the tensor `position`, and the first `width` columns are attended to, masked beyond it."""
+    A recorded step cannot depend on numbers that the host counts. With `recorded`, a single token's place is read from
+    the tensor `position`, and the first `width` columns are attended to, masked beyond it."""
 
     def __init__(self, config: GPTConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype,
                  recorded: bool = False):
@@ -78,12 +77,12 @@ class KVCache:
 
     def extend(self, layer: int, kv: Tensor) -> Tensor:
         """Writes keys and values (2, B, H, T, D/H) behind what is held, and returns all, (2, B, H, S, D/H)."""
-        end = self.length + kv.size(3)
+        held, end = self.kv[layer], self.length + kv.size(3)
         if self.position is not None and kv.size(3) == 1:
-            self.kv[layer].index_copy_(3, self.position, kv.to(self.kv[layer].dtype))
-            return self.kv[layer][:, :, :, : self.width]
-        self.kv[layer][:, :, :, self.length : end] = kv
-        return self.kv[layer][:, :, :, :end]
+            held.index_copy_(3, self.position, kv.to(held.dtype))
+            return held[:, :, :, : self.width]
+        held[:, :, :, self.length : end] = kv
+        return held[:, :, :, :end]
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these indices (b,), in place: there may be no room for a second cache."""
@@ -93,11 +92,9 @@ class KVCache:
 
 
 class PackedLinear(nn.Module):
-    """A linear map for inference on a CPU, a GELU behind it if asked for, its weights (out, in) reordered once for the
-    few rows of a decoding step.
-
-    GPT-2 124M's took 26 ms a token for 8 rows in float32 and so take 9; in bfloat16 8 and 5. The operations are those
-    that PyTorch's own compiler calls; `fits` says whether they are there."""
+    """A linear map for inference on a CPU, a GELU behind it if asked for. Its weights (out, in) are reordered once for
+    the few rows of a decoding step, which then takes a third of the time in float32, and two thirds in bfloat16. The
+    operations are those that PyTorch's own compiler calls; `fits` says whether they are there."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, gelu: bool = False):
         super().__init__()
@@ -130,10 +127,10 @@ class Block(nn.Module):
                 where: tuple | None = None) -> Tensor:
         B, T, D = x.shape
         dropout = self.dropout if self.training else 0.0
-        qkv = self.attn["c_attn"](self.ln_1(x)).view(B, T, 3, self.n_head, D // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H) each
+        qkv = self.attn["c_attn"](self.ln_1(x)).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv  # (B, H, T, D/H) each
         if cache is not None:
-            k, v = cache.extend(layer, qkv.permute(2, 0, 3, 1, 4)[1:])  # (B, H, S, D/H) each
+            k, v = cache.extend(layer, qkv[1:])  # (B, H, S, D/H) each
         wide = cache is not None and x.device.type == "cpu"  # on a GPU a cache is in autocast's own dtype
         with torch.autocast("cpu", enabled=False) if wide else contextlib.nullcontext():
             causal = True if mask is None and T > 1 else False  # a plain bool: torch.compile's T is a symbol
@@ -158,12 +155,12 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, starts: Tensor | None = None, cache: KVCache | None = None,
                 where: tuple | None = None) -> Tensor:
-        """The last hidden states, after ln_f: tokens (B, T) int64 -> (B, T, D). `logits` goes on from there, only where
-        logits are needed. With where, an index of (B, T), such as (rows (N,), columns (N,)), the states there, (N, D):
-        most of the last layer is computed for these alone.
+        """The last hidden states, after ln_f: tokens (B, T) int64 -> (B, T, D); `logits` goes on from there. With
+        where, an index into (B, T) such as (rows (N,), columns (N,)), only the states there, (N, D), for which alone
+        most of the last layer is computed.
 
-        starts (B,) counts the padding tokens at the left of each row. Without it rows begin in column 0, and padding at
-        their right goes unseen by the tokens before it. With a cache, the tokens follow those that it holds."""
+        starts (B,) counts the padding at the left of each row. Without it rows begin in column 0, and may be padded at
+        their right, which no token before it sees. With a cache, the tokens follow those that it holds."""
         T, past = tokens.size(1), cache.length if cache else 0
         if past + T > self.config.n_positions:
             raise UserError(f"{past + T} tokens do not fit into this model's {self.config.n_positions} positions")
@@ -195,22 +192,22 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def head(self) -> Tensor | PackedLinear:
-        """The output embedding (V, D). Under autocast it is taken less its mean row: softmax does not notice, but
-        logits of GPT-2 lie near -100, where bfloat16 knows only every half, and centred ones lie near 0. On a GPU it is
-        then filled up with rows of zeros, which `logits` leaves out."""
+        """The output embedding (V, D). Under autocast its mean row is subtracted, which softmax does not notice: logits
+        of GPT-2 lie near -100, where neighbours in bfloat16 are 0.5 apart, and centred ones near 0. On a GPU it is then
+        padded with rows of zeros, which `logits` leaves out."""
         if self.frozen_head is not None:
             return self.frozen_head
         weight, device = self.wte.weight, self.wte.weight.device.type
         if not torch.is_autocast_enabled(device):
             return weight
         mean, dtype = weight.detach().mean(0), torch.get_autocast_dtype(device)
-        pieces = [(rows - mean).to(dtype) for rows in weight.split(4096)]  # whole, 154 MB in float32
+        pieces = [(rows - mean).to(dtype) for rows in weight.split(4096)]  # the whole would be 154 MB in float32
         if device == "cuda":  # tensor cores want rows of logits, 50,257 of them, in whole pieces of 16 bytes
             pieces.append(torch.zeros(-len(weight) % 64, weight.size(1), dtype=dtype, device=weight.device))
         return torch.cat(pieces)
 
     def logits(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:
-        """(..., D) -> (..., V) in float32 or wider. A loop over chunks passes the `head()` that it made once."""
+        """(..., D) -> (..., V) in float32 or wider. A loop over chunks passes a `head()` made once."""
         head = self.head() if head is None else head
         logits = head(hidden) if isinstance(head, PackedLinear) else F.linear(hidden, head)
         logits = logits[..., : self.config.vocab_size]
@@ -222,28 +219,26 @@ class GPT(nn.Module):
 
 
 def predicting(prompts: list[list[int]], response_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the response tokens are predicted from, row by row without padding: rows (N,) and columns (N,) of
-    right-padded rows of prompt and response. response_mask (B, T)"""
+    """Where in right-padded rows of prompt and response the response tokens are predicted from: rows (N,) and columns
+    (N,), row by row. response_mask (B, T)"""
     rows, t = response_mask.nonzero(as_tuple=True)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=rows.device)
     return rows, lengths[rows] - 1 + t  # the prompt's last token predicts y_1
 
 
 def by_chunks(function: Callable, chunk: int | list[int], *rows: Tensor) -> tuple[Tensor, ...]:
-    """function(*rows) made `chunk` rows at a time, or as many as a list says. It maps tensors of N rows to a tuple of
-    tensors (N,), and what it makes on the way, such as logits (N, V), takes one chunk's memory."""
+    """function(*rows), from tensors of N rows to a tuple of tensors (N,), made `chunk` rows at a time, or as many as a
+    list says: what arises on the way, such as logits (N, V), takes one chunk's memory."""
     parts = [function(*part) for part in zip(*(r.split(chunk) for r in rows))]
     return tuple(torch.cat(column) for column in zip(*parts))
 
 
 def learn_by_chunks(function: Callable, chunk: int | list[int], backward: Callable, model: GPT, hidden: Tensor,
                     *rows: Tensor) -> tuple[Tensor, ...]:
-    """function(head, hidden, *rows) by chunks, its results without gradients. Of each chunk the sum of what comes
-    first, the loss (n,), goes to `backward` at once; the model's output embedding, and what hidden (N, D) was made of,
-    get their gradients.
-
-    So logits are made once, and kept for one chunk: 0.2 GB for 1,024 positions of GPT-2's vocabulary, where a minibatch
-    of the paper has 3 GB."""
+    """function(head, hidden, *rows) by chunks, its results without gradients. The first result is the loss: its sum
+    over a chunk goes to `backward` at once, so that the model's output embedding, and whatever hidden (N, D) was made
+    of, get their gradients while logits are made once and kept for one chunk: 0.2 GB for 1,024 positions of GPT-2's
+    vocabulary, where a minibatch of the paper has 3 GB."""
     gradients, parts = [], []
     with torch.no_grad():
         head = model.head()
@@ -255,15 +250,15 @@ def learn_by_chunks(function: Callable, chunk: int | list[int], backward: Callab
         add_to_gradient(model.wte.weight, top.grad[: len(model.wte.weight)])
         gradients.append(states.grad)
         parts.append([value.detach() for value in values])
-        top = values = None  # whose graph holds on to the head and its gradient, 77 MB each
-    head = None  # the way back through the layers can use its memory
+        top = values = None  # their graph holds the head and its gradient, 77 MB each
+    head = None  # its memory is free for the way back through the layers
     with torch.autocast(hidden.device.type, enabled=False):
         hidden.backward(torch.cat(gradients[::-1]))
     return tuple(torch.cat(column[::-1]) for column in zip(*parts))
 
 
 def add_to_gradient(p: nn.Parameter, gradient: Tensor) -> None:
-    """Adds to p's gradient, in p's dtype whatever this one's: a sum of many in bfloat16 would lose the small."""
+    """Adds to p's gradient in p's dtype: a sum of many in bfloat16 would lose what is small."""
     if p.grad is None:
         p.grad = gradient.to(p.dtype)
         return
@@ -272,7 +267,7 @@ def add_to_gradient(p: nn.Parameter, gradient: Tensor) -> None:
 
 
 def frozen(model: GPT, dtype: torch.dtype) -> GPT:
-    """A copy for inference. Its linear maps are held in `dtype`, so that autocast need not cast them at each call, and
+    """A copy for inference. Linear maps are held in `dtype`, so that autocast need not cast them at each call, and
     packed on a CPU; all else is shared with the model."""
     with torch.device("meta"):
         copy = GPT(model.config)
@@ -294,15 +289,15 @@ def frozen(model: GPT, dtype: torch.dtype) -> GPT:
 
 
 def trained(model: GPT, recompute: bool, compile: bool) -> GPT:
-    """The model, prepared for training: each layer made again in the backward pass, from its input alone, which takes a
-    third more time and little memory; compiled by torch.compile, for samples of any length.
+    """The model, prepared for training. With `recompute` each layer is made again in the backward pass, from its input
+    alone: a third more time, little memory. With `compile` it is compiled, for samples of any length.
 
-    On a CPU its input embedding has a sparse gradient, of the rows that were read, instead of 154 MB of zeros. It is
-    added to that of the output embedding, which learn_by_chunks makes first."""
+    On a CPU the input embedding's gradient is sparse, of the rows that were read, instead of 154 MB of mostly zeros.
+    It is added to that of the output embedding, which learn_by_chunks makes first."""
     model.recompute = recompute
     model.wte.sparse = not compile and model.wte.weight.device.type == "cpu"
     if compile:
-        torch._dynamo.reset()  # an earlier stage's versions count towards its limit of eight
+        torch._dynamo.reset()  # versions that an earlier stage compiled count towards its limit of eight
         model.compile(dynamic=True)
     return model
 
@@ -314,14 +309,14 @@ def is_shape(name: str) -> bool:
 
 
 def new_config(shape: str, tokenizer) -> GPTConfig:
-    """"LAYERSxHEADSxWIDTH", say "4x4x128", with this tokenizer's vocabulary, and without dropout."""
+    """The shape "LAYERSxHEADSxWIDTH", say "4x4x128", with this tokenizer's vocabulary and no dropout."""
     n_layer, n_head, n_embd = map(int, shape.split("x"))
     return GPTConfig(n_layer, n_head, n_embd, tokenizer.n_vocab, 1024 if tokenizer.n_vocab > 1000 else 64,
                      eos_token_id=tokenizer.eot_token, resid_pdrop=0.0)
 
 
 def new(config: GPTConfig, seed: int) -> GPT:
-    """Random weights, drawn as GPT-2's were; a narrow model's are drawn wider, so that its logits begin no flatter."""
+    """Random weights, drawn as GPT-2's were, but wider for a narrow model, so that its logits begin no flatter."""
     model, generator = GPT(config), torch.Generator().manual_seed(seed)
     std = 0.02 * math.sqrt(768 / min(config.n_embd, 768))
     for name, p in model.named_parameters():
@@ -342,18 +337,18 @@ SUPPORTED = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_
 
 
 def fetch(name: str, file: str, repo_type: str = "model", revision: str | None = None) -> Path | None:
-    """The local path of a file of a local folder or of a hub repository; None if it has no such file.
+    """The local path of a file from a folder or a hub repository, by the hub's own client; None if it has no such file.
 
-    The hub's own client does the work: its cache, HF_ENDPOINT, HF_HUB_OFFLINE and tokens hold.
     Raises UserError, with what to do, if the repository cannot be reached."""
-    if Path(name).is_dir():
-        return Path(name) / file if (Path(name) / file).is_file() else None
-    local = len(Path(name).parts) > 1 and Path(Path(name).parts[0]).is_dir()  # out/nowhere is no name on the hub
+    path = Path(name)
+    if path.is_dir():
+        return path / file if (path / file).is_file() else None
+    local = len(path.parts) > 1 and Path(path.parts[0]).is_dir()  # out/nowhere is no name on the hub
     if local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         made = "; `python distill.py` makes it" if name.startswith("out/tiny") else ""
         raise UserError(f"{name!r} is neither a folder nor a name on the hub (NAME or OWNER/NAME){made}")
     from huggingface_hub import errors, hf_hub_download
-    if repo_type == "model" and Path(name).suffix and Path(name).is_file():
+    if repo_type == "model" and path.suffix and path.is_file():
         raise UserError(f"{name} is a file: a model is a folder, with config.json and weights, or a name on the hub")
     try:
         return intact(Path(hf_hub_download(name, file, repo_type=repo_type, revision=revision)))
@@ -381,9 +376,9 @@ def fetch(name: str, file: str, repo_type: str = "model", revision: str | None =
 
 @cache
 def intact(path: Path) -> Path:
-    """The path of a file in the hub's cache, which names a large one by the SHA-256 of what it should hold.
+    """The path of a file in the hub's cache, where a large one's name is the SHA-256 of its content.
 
-    Raises UserError if it holds something else."""
+    Raises UserError if that is not so."""
     sha256, real = hashlib.sha256(), path.resolve()
     if re.fullmatch("[0-9a-f]{64}", real.name):
         with open(real, "rb") as file:
@@ -405,13 +400,13 @@ def missing(name: str, what: str) -> UserError:
     return UserError(f"{name}: this {where} has no {what}")
 
 
-# GPT-2's vocabulary, filled up with rows that are no token to a multiple of 64, as some train it: a teacher so filled
-# and a student that is not are distributions over the same tokens.
+# GPT-2's vocabulary, padded to a multiple of 64 by rows that are no token, as some train it: a teacher so padded and a
+# student that is not are distributions over the same tokens.
 PADDED = range(50304, 50433, 64)
 
 
 def read_config(name: str) -> GPTConfig:
-    """The shape of a model by name or folder. Raises UserError for what is no GPT-2 or is not there."""
+    """The shape of a model by name or folder. Raises UserError if it is not there, or no GPT-2."""
     path = fetch(name, "config.json")
     if path is None:
         raise missing(name, "config.json")
@@ -458,8 +453,8 @@ def read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
                 if noted and int(noted) != crc:
                     raise ValueError("its checksum is another")
         else:
-            mmap = zipfile.is_zipfile(path)  # files of before 2020 are not
             check_zip(path)
+            mmap = zipfile.is_zipfile(path)  # files from before 2020 are not
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
             if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()):
                 raise ValueError("it holds something else than tensors by their names")
@@ -482,8 +477,8 @@ def check_zip(path: Path) -> None:
 def load(name: str, device: torch.device | str = "cpu") -> GPT:
     """A released GPT-2 in float32: gpt2, gpt2-xl, OWNER/NAME on the hub, or a folder.
 
-    Both forms in the wild are read: with the prefix `transformer.` or without, with attention buffers and a copy of the
-    tied output or without. Raises UserError, naming the tensor, where the weights do not fit their config.json."""
+    The prefix `transformer.`, attention buffers, and a copy of the tied output may be there or not. Raises UserError,
+    naming the tensor, where the weights do not fit their config.json."""
     config = read_config(name)
     with torch.device("meta"):
         model = GPT(config)
@@ -491,20 +486,20 @@ def load(name: str, device: torch.device | str = "cpu") -> GPT:
     for path in weight_files(name):
         for key, tensor in read_weights(path):
             key = key.removeprefix("transformer.")
+            if key.endswith((".attn.bias", ".attn.masked_bias")):
+                continue
             if not tensor.is_floating_point():
-                if key.endswith((".attn.bias", ".attn.masked_bias")):
-                    continue
                 raise UserError(f"{path} has {key} in {str(tensor.dtype)[6:]}: only weights in floating point are read")
             if key in ("lm_head.weight", "wte.weight") and tensor.dim() == 2 and len(tensor) in PADDED:
                 tensor = tensor[: config.vocab_size]
             if key == "lm_head.weight":
                 head = tensor
-            elif not key.endswith((".attn.bias", ".attn.masked_bias")):
-                tensor = tensor.t() if key.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
-                if tensor.shape != shapes.get(key):
-                    want = tuple(shapes[key]) if key in shapes else "no such tensor"
-                    raise UserError(f"{path} has {key} of shape {tuple(tensor.shape)}, its config.json asks for {want}")
-                weights[key] = nn.Parameter(tensor.to(device, torch.float32, copy=True).contiguous())
+                continue
+            tensor = tensor.t() if key.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
+            if tensor.shape != shapes.get(key):
+                want = tuple(shapes[key]) if key in shapes else "no such tensor"
+                raise UserError(f"{path} has {key} of shape {tuple(tensor.shape)}, its config.json asks for {want}")
+            weights[key] = nn.Parameter(tensor.to(device, torch.float32, copy=True).contiguous())
     if absent := sorted(set(shapes) - set(weights)):
         raise UserError(f"{name}: the weights lack {absent[0]}" + f" and {len(absent) - 1} more" * (len(absent) > 1))
     if head is not None and not torch.equal(head.float(), weights["wte.weight"].cpu()):
@@ -521,17 +516,17 @@ def same_vocabulary(student: GPTConfig, teacher: GPTConfig) -> None:
 
 
 def save(model: GPT, folder: Path) -> None:
-    """model.safetensors and config.json, as `transformers` writes and reads them, and a checksum among the metadata."""
+    """model.safetensors, with a checksum in its metadata, and config.json, as `transformers` writes and reads them."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     config, tensors = model.config, {}
     for key, p in model.named_parameters():
         p = p.detach().t() if key.endswith(TRANSPOSED) else p.detach()
         tensors["transformer." + key] = p.to("cpu", torch.float32).contiguous()
-    raw = {key: getattr(config, key) for key in GPTConfig.__dataclass_fields__}
-    raw |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
-            "n_ctx": config.n_positions, "bos_token_id": config.eos_token_id, "embd_pdrop": config.resid_pdrop,
-            "attn_pdrop": config.resid_pdrop, "tie_word_embeddings": True, "torch_dtype": "float32"}
+    raw = asdict(config) | {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+        "n_ctx": config.n_positions, "bos_token_id": config.eos_token_id, "embd_pdrop": config.resid_pdrop,
+        "attn_pdrop": config.resid_pdrop, "tie_word_embeddings": True, "torch_dtype": "float32"}
     crc = 0
     for key in sorted(tensors):
         crc = zlib.crc32(tensors[key].numpy(), crc)
