@@ -42,9 +42,8 @@ def mix(student_logp_vocab: Tensor, teacher_logp_vocab: Tensor, mix_alpha: float
 
 
 def restrict(logp_vocab: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """log-probabilities (b, V) sharpened by a temperature, cut to the top_k tokens, then to the fewest that hold top_p.
-
-    For people who read samples. A rollout to learn from is never restricted."""
+    """log-probabilities (b, V) sharpened by a temperature, cut to the top_k tokens, then to the fewest that hold top_p:
+    for people who read samples. A rollout to learn from is never restricted."""
     if temperature == 1 and not top_k and top_p == 1:
         return logp_vocab
     logp_vocab = (logp_vocab / temperature).log_softmax(-1)
@@ -59,8 +58,8 @@ def restrict(logp_vocab: Tensor, temperature: float, top_k: int, top_p: float) -
 
 
 def without_repeats(logp_vocab: Tensor, seen: Tensor, n: int) -> Tensor:
-    """log-probabilities (b, V) less the tokens that would complete an n-gram that `seen` (b, S), prompt and answer so
-    far, holds already; -1 in it is padding. The released code tests with n = 6, of which the paper says nothing."""
+    """log-probabilities (b, V) without tokens that would repeat an n-gram of `seen` (b, S), prompt and answer so far,
+    where -1 is padding. The released code tests with n = 6, which the paper does not mention."""
     if seen.size(1) < n:
         return logp_vocab
     ngrams = seen.unfold(1, n, 1)  # (b, S - n + 1, n)
@@ -70,9 +69,9 @@ def without_repeats(logp_vocab: Tensor, seen: Tensor, n: int) -> Tensor:
 
 
 def inverse_cdf(logp_vocab: Tensor, uniform: Tensor) -> Tensor:
-    """The token (b,) at which the distribution function of each row first exceeds uniform (b,), in [0, 1).
+    """The token (b,) at which each row's distribution function first exceeds uniform (b,), in [0, 1).
 
-    A token of probability 0 is a step of height 0 and never taken. The last sum stands for 1, so that rounding cannot
+    A token of probability 0 is a step of height 0, and never taken. The last sum stands for 1, so that rounding cannot
     lead beyond the vocabulary."""
     cdf = logp_vocab.exp().cumsum(-1, dtype=torch.float64)  # (b, V)
     token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(1)
@@ -80,20 +79,18 @@ def inverse_cdf(logp_vocab: Tensor, uniform: Tensor) -> Tensor:
 
 
 def uniforms(seed: int, answers: Iterable[int], length: int) -> Tensor:
-    """(B, T) float64 numbers in [0, 1), one for each answer and position, each answer from a stream of its own.
-
-    So an answer depends neither on the batch it is decoded in, nor on the number of processes, nor on what was sampled
-    before it."""
+    """(B, T) float64 numbers in [0, 1), each answer's from a stream of its own: an answer depends neither on the batch
+    that it is decoded in, nor on the number of processes, nor on what was sampled before."""
     streams = (np.random.Generator(np.random.Philox(key=[seed, answer])) for answer in answers)
     return torch.from_numpy(np.array([stream.random(length) for stream in streams]).reshape(-1, length))
 
 
 def turns(seed: int, collection: int, answers: Iterable[int], length: int, mix_alpha: float, groups: int) -> Tensor:
-    """(B, T) bool: whether the teacher is to draw a token, which it is with probability alpha. That is Eq. (4) too: a
-    draw from alpha p + (1 - alpha) q is one from p with probability alpha, else one from q.
+    """(B, T) bool: whether the teacher draws a token, which it does with probability alpha. That is Eq. (4) too: a draw
+    from alpha p + (1 - alpha) q is one from p with probability alpha, else one from q.
 
-    Answer i of a collection has the turns of group i % groups. For one answer they are independent; over the groups
-    they are spread evenly, so that at each position as many as can be expected have the teacher's turn."""
+    Answer i of a collection has the turns of group i % groups. Within an answer they are independent; over the groups
+    they are spread evenly, so that at each position the teacher draws for alpha of them, rounded up or down."""
     key = np.array([seed + 2**63, collection], dtype=np.uint64)  # not an answer's: their seeds are smaller
     stream = np.random.Generator(np.random.Philox(key=key))
     group = np.array([i % groups for i in answers], dtype=np.int64)  # (B,)
@@ -110,7 +107,7 @@ def taken(logp_vocab: Tensor, token: Tensor) -> Tensor:
 
 @dataclass
 class Rollout:
-    """Answers, and what the one pass that sampled them knows of them. Entries outside of response_mask are 0."""
+    """Answers, and what was known of them when they were sampled. Entries outside response_mask are 0."""
     prompts: list[list[int]]
     response: Tensor  # (B, T) int64
     response_mask: Tensor  # (B, T) bool, true through the end token, inclusive
@@ -118,7 +115,7 @@ class Rollout:
     student_logp: Tensor  # (B, T) log q(y_t)
     mixed_logp: Tensor  # (B, T) log-probability under what y_t was drawn from: p~, Eq. (4), restricted if asked for
     teacher_logp: Tensor | None = None  # (B, T) log p(y_t)
-    reverse_kl: Tensor | None = None  # (B, T) KL[q || p] over the vocabulary at each position; known to follow() alone
+    reverse_kl: Tensor | None = None  # (B, T) KL[q || p] over the vocabulary at each position; from follow() only
     teacher_hidden: Tensor | None = None  # (B, T, D) the teacher's last hidden state, from which it predicts y_t
 
     @cached_property
@@ -127,27 +124,12 @@ class Rollout:
         return [row[:n] for row, n in zip(self.response.tolist(), self.response_mask.sum(1).tolist())]
 
 
-class Recorded:
-    """Calls a function that works in place on a GPU, records it as a CUDA graph and replays that: the host then gives
-    one order for a thousand. With a new key, such as a shape, it runs as it is; the next time it is recorded."""
-
-    def __init__(self):
-        self.key, self.replay = None, None
-
-    def __call__(self, key: tuple, function: Callable) -> None:
-        if key != self.key:  # a recording goes before there is another: they would share a workspace of cuBLAS
-            self.key, self.replay = key, None
-            return function()
-        if self.replay is None:
-            self.replay = record(function)
-        return self.replay()
-
-
 def record(function: Callable) -> Callable:
-    """Records the function without running it; what is returned runs."""
+    """Records a function that works in place on a GPU as a CUDA graph, without running it. What is returned replays it:
+    the host then gives one order instead of a thousand."""
     graph, collecting = torch.cuda.CUDAGraph(), gc.isenabled()
-    gc.disable()  # what is collected in the midst may be something of the GPU's, which a recording does not bear
-    gc.freeze()  # torch before 2.9 collects before each recording: not among all rows of the data
+    gc.disable()  # freeing something of the GPU's would break the recording
+    gc.freeze()  # torch before 2.9 collects before each recording, which would walk through all rows of the data
     try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, NCCL's, may go on
             function()
@@ -159,15 +141,14 @@ def record(function: Callable) -> Callable:
 
 
 class Decoder:
-    """Rows of a rollout that are decoded together.
-
-    What a step needs and makes stays on the device, and it works in place, so that it can be recorded."""
+    """Rows of a rollout that are decoded together. A step works in place, and on the device alone, so that it can be
+    recorded."""
 
     def __init__(self, models: list[GPT], batch: list[int], rollout: Rollout, length: Tensor, uniform: Tensor,
                  m: Machine, draw_from: Callable, no_repeat_ngram: int, turn: list[bool] | None):
         self.models, self.rollout, self.length, self.uniform, self.m = models, rollout, length, uniform, m
         self.draw_from, prompts = draw_from, [rollout.prompts[row] for row in batch]
-        self.tokens, self.starts = data.pad_left(prompts, m.device)  # (b, P), later the last ones drawn; (b,)
+        self.tokens, self.starts = data.pad_left(prompts, m.device)  # (b, P), later the last ones drawn (b, 1); (b,)
         self.padded = len({len(prompt) for prompt in prompts}) > 1
         self.P, self.width = self.tokens.size(1), self.tokens.size(1) + uniform.size(1) - 1
         self.rows, self.done = torch.tensor(batch, device=m.device), torch.zeros_like(self.starts).bool()
@@ -179,24 +160,30 @@ class Decoder:
         self.t = torch.zeros(1, dtype=torch.int64, device=m.device)
         self.no_repeat_ngram, padding = no_repeat_ngram, torch.arange(self.P, device=m.device) < self.starts[:, None]
         self.seen = self.tokens.masked_fill(padding, -1) if no_repeat_ngram else None  # (b, P + t)
-        self.recorded = Recorded() if m.capture else None
-        # by turns `tokens` remain the prompts; and how many of an answer's tokens each model has given a probability
+        self.shape, self.replay = None, None  # of the recorded step
+        # by turns `tokens` stay the prompts; `noted`: how many of an answer's tokens each model has given a probability
         self.turn, self.noted = turn, [0, 0]
 
     def advance(self, t: int) -> None:
-        """One token of every row: the first behind the prompts, any other behind the one before."""
+        """Draws y_t of every row."""
         if self.turn is not None:
             return self.read(int(self.turn[t]), t, draws=True)
-        if self.recorded is None or t == 0:
+        if not self.m.capture or t == 0:
             self.tokens = self.step()
             return
         for cache in self.caches:
             cache.length = self.P + t - 1
             cache.width = min(self.width, -(-(cache.length + 1) // 128) * 128)  # a recording for each 128 columns
-        self.recorded((len(self.rows), self.caches[0].width), lambda: self.tokens.copy_(self.step()))
+        step, shape = lambda: self.tokens.copy_(self.step()), (len(self.rows), cache.width)
+        if shape != self.shape:  # the old recording goes before there is another: they would share cuBLAS's workspace
+            self.shape, self.replay = shape, None
+            step()
+        else:  # it has run once as it is
+            self.replay = self.replay or record(step)
+            self.replay()
 
     def step(self) -> Tensor:
-        """The tokens drawn, (b, 1), behind those fed; notes of them what a rollout knows."""
+        """The tokens drawn, (b, 1), behind those fed; what a rollout keeps of them is noted."""
         rows, t, out = self.rows, self.t, self.rollout
         with self.m.autocast():
             hidden = [model(self.tokens, self.starts if self.padded else None, cache, np.s_[:, -1])  # (b, D) each
@@ -219,14 +206,14 @@ class Decoder:
         return token[:, None]
 
     def say(self, token: Tensor, t: int | Tensor) -> None:
-        """y_t of each row, (b,)."""
+        """Notes y_t of each row, (b,), and which rows it ends."""
         self.rollout.response[self.rows, t] = token
         self.length[self.rows] = torch.where(self.done, self.length[self.rows], t + 1)
         self.done.logical_or_(token == self.models[0].config.eos_token_id)
 
     def read(self, which: int, t: int, draws: bool) -> None:
-        """The student (0) or the teacher (1) reads in one pass all that was said since it last read, draws y_t if it is
-        its turn, and notes what it gives to each token up to y_t."""
+        """The student (0) or the teacher (1) reads in one pass what was said since it last read, draws y_t if it is its
+        turn, and notes its log-probability of each token up to y_t."""
         model, cache, out, first = self.models[which], self.caches[which], self.rollout, self.noted[which]
         text = torch.cat([self.tokens, out.response[self.rows, :t]], 1)[:, cache.length :]  # (b, n)
         with self.m.autocast():
@@ -250,10 +237,10 @@ class Decoder:
                 self.read(which, t, draws=False)
 
     def keep_alive(self, t: int) -> bool:
-        """Whether any row goes on. Lets go of those that have ended once they are many: copying caches costs something,
-        recording for fewer rows costs more."""
+        """Whether any row goes on. Drops those that have ended once they are many: copying caches costs something, and
+        recording for fewer rows more."""
         alive = (~self.done).nonzero().squeeze(1)
-        if 0 < len(alive) <= (0.5 if self.recorded else 0.75) * len(self.rows):
+        if 0 < len(alive) <= (0.5 if self.m.capture else 0.75) * len(self.rows):
             self.catch_up(t)
             self.rows, self.done, self.tokens, self.starts = (
                 values[alive] for values in (self.rows, self.done, self.tokens, self.starts))
@@ -271,9 +258,9 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
     """An answer of at most T tokens to each of B prompts, drawn from Eq. (4)'s mixture; uniform (B, T) sets T.
 
     Both models read a prompt once, then advance together, token by token. With turn (B, T), from `turns`, the one whose
-    turn it is draws alone, and the other reads its tokens later, several in one pass. Prompts of like length, and of
-    the same turns, are decoded together, and rows that have ended leave. Pass `frozen` models. on_token(row, token)
-    hears of each token as it is drawn."""
+    turn it is draws alone, and the other reads its tokens later, several in one pass. Prompts of like length and with
+    the same turns are decoded together, and rows that have ended leave. on_token(row, token) is called for each token
+    as it is drawn. Pass `frozen` models."""
     (B, T), device = uniform.shape, m.device
     if mix_alpha and teacher is None:
         raise UserError(f"--mix_alpha={mix_alpha} mixes with a teacher: give --teacher")
@@ -294,8 +281,8 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
         rollout.teacher_hidden = new(T, teacher.config.n_embd, dtype=m.dtype)
     draw_from = lambda log_q, log_p: restrict(mix(log_q, log_p, mix_alpha), temperature, top_k, top_p)
     length, uniform = new(dtype=torch.int64), uniform.to(device)
-    look_every = 16 if device.type == "cuda" else 1  # asking which rows have ended waits for the device
-    together = [()] * B if turn is None else turn.tolist()  # rows in which this is equal may be decoded together
+    look_every = 16 if device.type == "cuda" else 1  # to ask which rows have ended is to wait for the device
+    together = [()] * B if turn is None else turn.tolist()  # rows where it is equal may be decoded together
     order = sorted(range(B), key=lambda row: (together[row], -len(prompts[row])))  # longest first
     bar = tqdm(total=B, desc=progress, unit=" answers", leave=False, delay=2,
                disable=not progress or m.rank > 0 or None)  # None: unless a terminal shows it
@@ -314,10 +301,10 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
                     break
             decoder.catch_up(t)
         except torch.cuda.OutOfMemoryError:
-            if len(batch) == 1 or on_token:  # what was heard of cannot be said again
+            if len(batch) == 1 or on_token:  # tokens told once cannot be taken back
                 raise
             fits = False
-        decoder = None  # its caches go, before there are others
+        decoder = None  # its caches go before there are others
         if fits:
             order = order[len(batch) :]
             bar.update(len(batch))
@@ -330,7 +317,7 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
     if turn is not None:
         rollout.mixed_logp = mix(rollout.student_logp, rollout.teacher_logp, mix_alpha)
     for name in ("response", "student_logp", "mixed_logp", "teacher_logp"):
-        if getattr(rollout, name) is not None:  # a row that has ended writes on until it leaves
+        if getattr(rollout, name) is not None:  # a row that has ended goes on until it leaves
             getattr(rollout, name).masked_fill_(~rollout.response_mask, 0)
     if rollout.mixed_logp.isnan().any():
         raise UserError("the model's probabilities are not numbers: its weights are broken, or --dtype is too coarse")
@@ -341,9 +328,9 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
 @torch.no_grad()
 def follow(student: GPT, prompts: list[list[int]], answers: list[list[int]], T: int, m: Machine, teacher: GPT,
            batch_size: int = 16, keep_hidden: bool = False) -> Rollout:
-    """A rollout of answers that are there already, references or another rollout's, cut to T tokens: what sample()
-    would know if it had drawn them from q, and KL[q || p], by one pass of each model; of models exchanged it is
-    KL[p || q]. Pass `frozen` models."""
+    """A rollout of given answers, references or another rollout's, cut to T tokens: what sample() would know had it
+    drawn them from q, and KL[q || p] (KL[p || q] if the models change places), by one pass of each. Pass `frozen`
+    models."""
     B, answers, end = len(prompts), [answer[:T] for answer in answers], student.config.eos_token_id
     new = lambda *shape, dtype=torch.float32: torch.zeros(B, *shape, dtype=dtype, device=m.device)
     ended = torch.tensor([answer[-1:] == [end] for answer in answers], dtype=torch.bool, device=m.device)
@@ -365,8 +352,8 @@ def follow(student: GPT, prompts: list[list[int]], answers: list[list[int]], T: 
         row, t = mask.nonzero(as_tuple=True)
         place = torch.tensor(rows, device=m.device)[row], t  # of each response token in the rollout
         with m.autocast():
-            # the last token predicts nothing, and there may be no position for it
             where = predicting(of_rows, mask)
+            # without the last token, which predicts nothing and may have no position
             hidden = [model(tokens[:, :-1], where=where) for model in (student, teacher)]  # (N, D) each
             values = by_chunks(terms, m.vocab_chunk, *hidden, response[mask])  # (N,) each
         rollout.response[place], rollout.response_mask[place] = response[mask], True
@@ -379,7 +366,7 @@ def follow(student: GPT, prompts: list[list[int]], answers: list[list[int]], T: 
 
 
 def room_for_answers(model: GPT, prompts: list[list[int]]) -> int:
-    """The paper's 256 tokens, or what is left of the positions behind the longest prompt."""
+    """The paper's 256 tokens, or as many as fit behind the longest prompt."""
     return max(1, min(256, model.config.n_positions + 1 - max(map(len, prompts))))
 
 
@@ -429,7 +416,7 @@ class Config:
 
 
 class Printer:
-    """Prints answers as they are drawn: a single one token by token, several each when it is complete."""
+    """Prints answers as they are drawn: a single one token by token, each of several once it is complete."""
 
     def __init__(self, tokenizer: tiktoken.Encoding, count: int):
         self.tokenizer, self.single, self.tokens = tokenizer, count == 1, [[] for _ in range(count)]
@@ -493,8 +480,8 @@ def main(cfg: Config) -> None:
         empty = len(lines) - len(kept)
         print(f"{cfg.out}: {len(kept):,} answers" + f", {empty:,} empty ones left out" * (empty > 0))
     m.barrier()
-    count = sum(len(answer) for _, answer, _ in answers)
     if m.rank == 0:
+        count = sum(len(answer) for _, answer, _ in answers)
         print(f"{count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} tokens/s, on {m.device} in "
               f"{str(m.dtype)[6:]}", file=sys.stderr)
 
