@@ -160,15 +160,14 @@ class Ours:
         self.m.synchronize()
         self.spent[part] = self.spent.get(part, 0.0) + time.perf_counter() - began
 
-    def decode(self, model: GPT, teacher: GPT | None, answers: int | None = None) -> Rollout:
-        answers = answers or self.cfg.batch
-        prompts = [self.prompts[i % self.cfg.batch] for i in range(answers)]
-        alpha, groups, self.collections = ALPHA if teacher else 0.0, answers // self.cfg.batch, self.collections + 1
-        taking = teacher is not None and self.cfg.turns
-        turn = turns(0, self.collections, range(answers), self.T, alpha, groups) if taking else None
+    def decode(self, model: GPT, teacher: GPT | None, groups: int = 1) -> Rollout:
+        """An answer of each group to each prompt."""
+        self.collections += 1
+        answers, alpha = range(groups * self.cfg.batch), ALPHA if teacher else 0.0
+        turn = turns(0, self.collections, answers, self.T, alpha, groups) if teacher and self.cfg.turns else None
         with self.clocked("decode"):
-            return sample(model, prompts, uniforms(0, range(answers), self.T), self.m, teacher, alpha, self.cfg.batch,
-                          keep_hidden=teacher is not None, turn=turn)
+            return sample(model, self.prompts * groups, uniforms(0, answers, self.T), self.m, teacher, alpha,
+                          self.cfg.batch, keep_hidden=teacher is not None, turn=turn)
 
     def sample_q(self) -> None:
         self.decode(self.q, None)
@@ -195,19 +194,19 @@ class Ours:
     def update(self) -> None:
         self.learn(self.rollout, self.R, list(range(self.cfg.batch)))
 
-    def collect(self, answers: int, epochs: int) -> None:
-        rollout = self.decode(frozen(self.student, self.m.dtype), self.p, answers)
+    def collect(self, groups: int, epochs: int) -> None:
+        rollout = self.decode(frozen(self.student, self.m.dtype), self.p, groups)
         R = self.returns(rollout)
         for epoch in range(epochs):
-            for batch in distill.minibatches(answers, self.cfg.batch, (0, epoch)):
+            for batch in distill.minibatches(len(R), self.cfg.batch, (0, epoch)):
                 self.learn(rollout, R, batch)
 
     def cycle(self) -> None:
         """B answers, and one update on them."""
-        self.collect(self.cfg.batch, 1)
+        self.collect(1, 1)
 
     def collection(self) -> None:
-        self.collect(self.cfg.answers, self.cfg.inner_epochs)
+        self.collect(self.cfg.answers // self.cfg.batch, self.cfg.inner_epochs)
 
     def sft(self) -> None:
         optimizer, scaler = self.optimizer

@@ -282,15 +282,16 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
     draw_from = lambda log_q, log_p: restrict(mix(log_q, log_p, mix_alpha), temperature, top_k, top_p)
     length, uniform = new(dtype=torch.int64), uniform.to(device)
     look_every = 16 if device.type == "cuda" else 1  # to ask which rows have ended is to wait for the device
-    together = [()] * B if turn is None else turn.tolist()  # rows where it is equal may be decoded together
+    together = [None] * B if turn is None else turn.tolist()  # rows where it is equal may be decoded together
     order = sorted(range(B), key=lambda row: (together[row], -len(prompts[row])))  # longest first
     bar = tqdm(total=B, desc=progress, unit=" answers", leave=False, delay=2,
                disable=not progress or m.rank > 0 or None)  # None: unless a terminal shows it
     while order:
-        batch, fits = [row for row in order[:batch_size] if together[row] == together[order[0]]], True
+        its_turns, fits = together[order[0]], True
+        batch = [row for row in order[:batch_size] if together[row] == its_turns]
         try:
             decoder = Decoder([student, teacher] if teacher else [student], batch, rollout, length, uniform, m,
-                              draw_from, no_repeat_ngram, together[order[0]] if turn is not None else None)
+                              draw_from, no_repeat_ngram, its_turns)
             for t in range(T):
                 before = decoder.done.tolist() if on_token else []
                 decoder.advance(t)
@@ -316,9 +317,9 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine, 
     rollout.response_mask = torch.arange(T, device=device) < length[:, None]  # (B, T)
     if turn is not None:
         rollout.mixed_logp = mix(rollout.student_logp, rollout.teacher_logp, mix_alpha)
-    for name in ("response", "student_logp", "mixed_logp", "teacher_logp"):
-        if getattr(rollout, name) is not None:  # a row that has ended goes on until it leaves
-            getattr(rollout, name).masked_fill_(~rollout.response_mask, 0)
+    for values in (rollout.response, rollout.student_logp, rollout.mixed_logp, rollout.teacher_logp):
+        if values is not None:  # a row that has ended goes on until it leaves
+            values.masked_fill_(~rollout.response_mask, 0)
     if rollout.mixed_logp.isnan().any():
         raise UserError("the model's probabilities are not numbers: its weights are broken, or --dtype is too coarse")
     rollout.ended = rollout.response.gather(1, length[:, None] - 1).squeeze(1) == student.config.eos_token_id
