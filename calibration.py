@@ -22,21 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from config import (
-    Machine,
-    UserError,
-    check,
-    check_place,
-    checksum,
-    command,
-    flag,
-    machine,
-    run,
-    write_json,
-    write_lines,
-)
+from config import Machine, UserError, check, check_place, checksum, command, flag, machine, run
 from data import Row
-from eval import earlier
+from eval import earlier, keep
 from model import GPT, by_chunks, frozen, load, predicting
 from sample import taken
 
@@ -201,8 +189,8 @@ def main(cfg: Config) -> dict:
     tokenizer = data.load_tokenizer(cfg.model)
     given = asdict(cfg) | dict.fromkeys(("batch_size", "device"))
     given |= {"weights": checksum(cfg.model), "files": [checksum(path) for path in files]}
-    path = Path(cfg.out or "") / "calibration.json"
-    if cfg.out and (results := earlier(path, given, cfg.data, m)):
+    path = Path(cfg.out) / "calibration.json" if cfg.out else None
+    if results := earlier(path, given, cfg.data, m):
         return results
     results = {"command": command(), "given": given, "tasks": {}}
     model = frozen(load(cfg.model, m.device), m.dtype)
@@ -225,12 +213,7 @@ def main(cfg: Config) -> dict:
         m.say(f"{cfg.model} on {task}, {len(rows):,} prompts (95% in brackets): accuracy {r['accuracy']:.1f} "
               f"[{low:.1f}, {high:.1f}], majority {r['majority']:.1f}, confidence {r['confidence']:.3f}, "
               f"ECE {r['ece']:.3f} [{least:.3f}, {most:.3f}], {r['seconds']} s")
-    if cfg.out and m.rank == 0:
-        path.unlink(missing_ok=True)  # of other lines than those that are written now
-        write_lines(path.with_suffix(".jsonl"), lines)
-        write_json(path, results)
-    m.barrier()
-    return results
+    return keep(results, path, m, "calibration.jsonl", lines)
 
 
 if __name__ == "__main__":

@@ -222,8 +222,9 @@ def main(cfg: Config, own: bool = False) -> dict:
     given = asdict(cfg) | dict.fromkeys(("batch_size", "capture", "device"))
     given |= {"weights": [checksum(cfg.model), checksum(cfg.teacher)]}
     given |= {"files": [checksum(cfg.data), checksum(cfg.corpus)]}
+    path = Path(cfg.out) / "results.json" if cfg.out else None
     name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
-    if cfg.out and (results := earlier(Path(cfg.out) / "results.json", given, name, m, own)):
+    if results := earlier(path, given, name, m, own):
         return results
     model = load(cfg.model, m.device)
     teacher = frozen(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
@@ -262,40 +263,49 @@ def main(cfg: Config, own: bool = False) -> dict:
     results = {"command": command(), "given": given, "data": name, "prompts": len(examples), "seeds": seeds,
                "parameters": model.config.parameters, "seconds": seconds, "peak_gib": m.peak_gib(), "scores": means,
                "rouge_l_interval": [low, high], "rouge_l_by_length": lengths}
-    if cfg.out and m.rank == 0:
-        (Path(cfg.out) / "results.json").unlink(missing_ok=True)  # of other answers than those that are written now
-        write_lines(Path(cfg.out) / "samples.jsonl", answers)
-        write_json(Path(cfg.out) / "results.json", results)
-    m.barrier()
-    return results
+    return keep(results, path, m, "samples.jsonl", answers)
 
 
-def earlier(path: Path, given: dict, data_name: str, m: Machine, own: bool = False) -> dict | None:
-    """The results in this file if they were made with the same settings and weights, else None.
+def earlier(path: Path | None, given: dict, data_name: str, m: Machine, own: bool = False) -> dict | None:
+    """The results in this file if they were made with the same settings, weights and data, else None.
 
     Raises UserError if the file is something else's or, unless it is the run's own, another model's or set's, or of
     more prompts or answers than there would be now."""
-    if not path.is_file():
+    if not path or not path.is_file():
         return None
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        before = {"model": results["given"]["model"], "data": results.get("data", results["given"]["data"])}
-        before = {name: os.path.normpath(value) for name, value in before.items()}
+        made_with = results["given"]
+        model, data_before = map(os.path.normpath, (made_with["model"], results.get("data", made_with["data"])))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # distill.py's is a list, say
         raise UserError(f"--out={path.parent} holds results of something else: give a folder of its own") from None
-    for name, new in () if own else (("model", given["model"]), ("data", data_name)):
-        if before[name] != os.path.normpath(new):
-            raise UserError(f"--out={path.parent} holds results of --{name}={before[name]}, now it is {new}: give a "
-                            "folder of its own")
-    for name in () if own else ("limit", "seeds", "samples"):
-        before, now = results["given"].get(name), given.get(name)
+    if made_with == given:
+        m.say(f"{path}: made earlier, kept")
+        return results
+    if own:
+        return None
+    for name, before, now in (("model", model, given["model"]), ("data", data_before, data_name)):
+        if before != os.path.normpath(now):
+            raise UserError(f"--out={path.parent} holds results of --{name}={before}, now it is {now}: give a folder "
+                            "of its own")
+    for name in ("limit", "seeds", "samples"):
+        before, now = made_with.get(name), given.get(name)
         if now and now < (before or math.inf):
             made = f"without --{name}" if before is None else f"with --{name}={before}"
             raise UserError(f"--out={path.parent} holds results made {made}, and with --{name}={now} some would be "
                             "lost: give another --out, or remove that folder")
-    if results["given"] != given:
-        return None
-    m.say(f"{path}: made earlier, kept")
+    return None
+
+
+def keep(results: dict, path: Path | None, m: Machine, beside: str = "", lines: Sequence[dict] = ()) -> dict:
+    """Writes the results into a file, if there is a path for one, and before them the lines that they were made of
+    into a .jsonl beside it."""
+    if path and m.rank == 0:
+        if lines:
+            path.unlink(missing_ok=True)  # it is of other lines than those that are written now
+            write_lines(path.with_name(beside), lines)
+        write_json(path, results)
+    m.barrier()
     return results
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 import data
-from config import Machine, check, check_place, checksum, command, flag, machine, run, write_json
-from eval import earlier
+from config import Machine, check, check_place, checksum, command, flag, machine, run
+from eval import earlier, keep
 from model import GPT, frozen, load, same_vocabulary
 from sample import follow, room_for_answers, sample, uniforms
 
@@ -88,7 +88,7 @@ def main(cfg: Config) -> dict:
     given |= {"weights": [checksum(cfg.model), checksum(cfg.teacher)], "files": [checksum(cfg.data)]}
     path = Path(cfg.out) / "exposure.json" if cfg.out else None
     name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
-    if path and (results := earlier(path, given, name, m)):
+    if results := earlier(path, given, name, m):
         return results
     student, teacher = load(cfg.model, m.device), load(cfg.teacher, m.device)
     same_vocabulary(student.config, teacher.config)
@@ -111,10 +111,7 @@ def main(cfg: Config) -> dict:
                "q_answers": totals[1].sum(0)[:last], "p_answers": totals[3].sum(0)[:last]}
     results = {"command": command(), "given": given, "data": name, "prompts": len(prompts), "samples": cfg.samples}
     results |= {key: [x if np.isfinite(x) else None for x in column.tolist()] for key, column in columns.items()}
-    if path and m.rank == 0:
-        write_json(path, results)
-    m.barrier()
-    return results
+    return keep(results, path, m)
 
 
 if __name__ == "__main__":
