@@ -38,7 +38,7 @@ TASKS = {  # the instruction, and the words that answer it, for a file's 0 and i
 
 
 def read_task(path: Path) -> tuple[str, list[tuple[int, Row, int]]]:
-    """The task of a file, which its first line tells, and its rows: line number, prompt, and label, 0 or 1."""
+    """The task of a file, told by its first line, and its rows: line number, prompt, and label, 0 or 1."""
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
@@ -93,9 +93,9 @@ def read_boolq(line: str) -> tuple[str, int]:
 @torch.no_grad()
 def label_probabilities(model: GPT, prompts: Sequence[list[int]], labels: Sequence[list[int]], m: Machine,
                         batch_size: int = 16, progress: str = "") -> np.ndarray:
-    """How likely each label is behind each prompt, among the labels: (B, K). Pass a `frozen` model.
+    """(B, K): how likely each label is after each prompt, among the labels. Pass a `frozen` model.
 
-    A label's probability is the product of its tokens', and not their mean: a longer word is not likelier for it."""
+    A label's probability is the product of its tokens', not their mean, which would favour longer words."""
     def logps(hidden: Tensor, *answers: Tensor) -> tuple[Tensor, ...]:
         logp_vocab = model.logits(hidden).log_softmax(-1)  # (chunk, V)
         return tuple(taken(logp_vocab, y) for y in answers)
@@ -123,21 +123,21 @@ def label_probabilities(model: GPT, prompts: Sequence[list[int]], labels: Sequen
 
 
 def bin_of(confidence: np.ndarray, bins: int) -> np.ndarray:
-    """The number of each confidence's bin. Bins are of one width, (low, high]; only the first holds its low, 0."""
+    """The bin of each confidence, from 0 on. Bins have one width and are (low, high]; the first holds 0 as well."""
     return np.searchsorted(np.arange(1, bins) / bins, confidence)
 
 
 def ece(confidence: np.ndarray, correct: np.ndarray, bins: int = 10) -> float:
     """Expected calibration error, Eq. (3) of Guo et al.: sum over bins of n_b / n |accuracy_b - confidence_b|.
 
-    confidence (n,) in [0, 1], correct (n,) 0 or 1. The likeliest of K labels has at least 1 / K, so that of two labels
-    the lower bins are empty; an empty bin adds 0. Here n_b times a difference of means is written as one sum."""
+    confidence (n,) in [0, 1], correct (n,) 0 or 1. n_b times the difference of means is here a sum of differences. An
+    empty bin adds 0, as the lower half does with two labels, of which the likelier has at least 1 / 2."""
     gaps = np.bincount(bin_of(confidence, bins), np.asarray(correct) - confidence)
     return float(np.abs(gaps).sum() / len(confidence))
 
 
 def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int) -> list[dict]:
-    """The reliability diagram: of each bin its mean confidence and its accuracy, both as fractions; None if empty."""
+    """The reliability diagram: the mean confidence and the accuracy of each bin, as fractions; None if it is empty."""
     members = [bin_of(confidence, bins) == b for b in range(bins)]
     mean = lambda values, inside: float(np.mean(values[inside])) if inside.any() else None
     return [{"low": b / bins, "high": (b + 1) / bins, "count": int(inside.sum()),
@@ -149,7 +149,7 @@ def measure(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> di
     """probabilities (n, K), labels (n,) -> accuracy in percent and ECE as a fraction, as in Table 2, and their 95%
     intervals by a bootstrap over examples: 2,000 draws, always the same.
 
-    Chance adds to an ECE, and in a draw it adds once more. So the draws of the ECE are mirrored at the ECE itself."""
+    Chance makes an ECE larger, and drawing again makes it larger once more: so its draws are mirrored at the ECE."""
     confidence, correct = probabilities.max(1), (probabilities.argmax(1) == labels).astype(float)
     n, error, generator = len(labels), ece(confidence, correct, bins), np.random.default_rng(0)
     draws = (generator.integers(0, n, n) for _ in range(2000))

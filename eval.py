@@ -68,7 +68,7 @@ def score(answer: str, references: Sequence[str]) -> dict[str, float]:
     return {"rouge_l": rouge_l(answer, references), "exact_match": exact_match(answer, references)}
 
 
-MANY = 10_000  # answers that are worth the seconds that it takes to start other processes
+MANY = 10_000  # answers; scoring fewer takes less time than to start other processes
 
 
 def score_all(pairs: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, float]]:
@@ -112,13 +112,13 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
              teacher: GPT | None = None, seeds: Sequence[int] = (10,), max_response_tokens: int = 256,
              batch_size: int = 64, forward: bool = False, no_repeat_ngram: int = 0,
              progress: str = "evaluating") -> tuple[dict, list[dict]]:
-    """An answer to each prompt and seed, scored: the mean of each metric for each seed, and the answers.
+    """Answers each prompt with each seed, and scores the answers: {metric: its mean for each seed}, and the answers.
 
     Of an answer: rouge_l and exact_match, in percent; tokens; ended, 100 if it reached the end token; with a teacher
-    reverse_kl in nats, the exact KL[q || p] at each position that the answer visits, summed; if `forward` also
-    forward_kl, KL[p || q] along an answer of p; in the built-in world valid, 100 if it is right. Of all answers of a
-    seed: dist_4. Of the answers of all seeds to one prompt: dist_4_prompt, their dist_4, its mean over the prompts that
-    have any 4-gram; in the built-in world distinct, the percentage left without repetitions."""
+    reverse_kl, the exact KL[q || p] in nats summed over the positions of the answer; if `forward` also forward_kl,
+    KL[p || q] along an answer of p; in the built-in world valid, 100 if it is right. Of all answers of a seed: dist_4.
+    Of all seeds together: dist_4_prompt, the dist_4 of the answers to one prompt, mean over the prompts that have any
+    4-gram; in the built-in world distinct, the percentage of answers that are left without repetitions."""
     model, answers, in_world, longest = frozen(model, m.dtype), [], tokenizer.name == "words", max_response_tokens
     mine = range(m.rank, len(examples), m.world)
     prompts = [examples[i].prompt for i in mine]
@@ -144,13 +144,12 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
     for answer, scores in zip(answers, score_all([(a["answer"], a["references"]) for a in answers])):
         answer["scores"] |= scores
     answers = sorted(m.gather(answers), key=lambda a: (a["seed"], a["prompt"]))
-    means = {name: [float(np.mean([a["scores"][name] for a in answers if a["seed"] == seed])) for seed in seeds]
+    by_seed = [[a for a in answers if a["seed"] == seed] for seed in seeds]
+    means = {name: [float(np.mean([a["scores"][name] for a in of_seed])) for of_seed in by_seed]
              for name in answers[0]["scores"]}
-    means["dist_4"] = [dist_n(a["answer"] for a in answers if a["seed"] == seed) for seed in seeds]
+    means["dist_4"] = [dist_n(a["answer"] for a in of_seed) for of_seed in by_seed]
     if len(seeds) > 1:
-        by_prompt = [[] for _ in examples]
-        for a in answers:
-            by_prompt[a["prompt"]].append(a["answer"])
+        by_prompt = [[a["answer"] for a in of_prompt] for of_prompt in zip(*by_seed)]
         long = [texts for texts in by_prompt if any(len(text.split()) >= 4 for text in texts)]
         means["dist_4_prompt"] = [float(np.mean([dist_n(texts) for texts in long])) if long else 0.0]
     if in_world:
@@ -160,19 +159,18 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Where the mean lies, 95%, by a bootstrap over prompts: one value of each, 2,000 draws, always the same."""
-    values = np.asarray(values)
+    """The mean's 95% interval by a bootstrap over prompts, one value of each: 2,000 draws, always the same."""
     generator = np.random.default_rng(0)
-    draws = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(2000)]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)
+    draws = [generator.choice(values, len(values)).mean() for _ in range(2000)]
+    low, high = np.quantile(draws, [0.025, 0.975]).tolist()
+    return low, high
 
 
-LENGTHS = {"[0,5]": 0, "[6,10]": 6, "[11,inf)": 11}  # Figure 7's groups, and the least tokens of a reference in them
+LENGTHS = {"[0,5]": 0, "[6,10]": 6, "[11,inf)": 11}  # Figure 7's groups, and the fewest reference tokens in each
 
 
 def by_length(values: Sequence[float], reference_tokens: Sequence[int]) -> dict[str, dict]:
-    """The mean of one value a prompt in each group of Figure 7, and the number of its prompts; no empty group."""
+    """For each group of Figure 7 that is not empty: the number of prompts, and the mean of their values."""
     values, groups = np.asarray(values), np.searchsorted([*LENGTHS.values()], reference_tokens, side="right") - 1
     return {name: {"prompts": int((groups == g).sum()), "mean": float(values[groups == g].mean())}
             for g, name in enumerate(LENGTHS) if (groups == g).any()}
@@ -206,8 +204,8 @@ class Config:
 
 
 def main(cfg: Config, own: bool = False) -> dict:
-    """The results of one set; of several, those of each by its name. In a run's own folder results that were made
-    otherwise are made anew."""
+    """The results of one set; of several, those of each by its name. In a run's `own` folder, results that were made
+    with other settings are replaced."""
     names = list(data.HUB_SETS) if cfg.data == "all" else (cfg.data or "").split(",")
     if len(names) > 1:
         folder = lambda name: str(Path(cfg.out) / Path(name).stem) if cfg.out else None
@@ -220,8 +218,8 @@ def main(cfg: Config, own: bool = False) -> dict:
         return {name: main(replace(cfg, data=name, out=folder(name), corpus=corpus.get(name))) for name in names}
     m, tokenizer = machine(cfg.device, cfg.dtype, capture=cfg.capture), data.load_tokenizer(cfg.model)
     given = asdict(cfg) | dict.fromkeys(("batch_size", "capture", "device"))
-    given |= {"weights": [checksum(cfg.model), checksum(cfg.teacher)]}
-    given |= {"files": [checksum(cfg.data), checksum(cfg.corpus)]}
+    given |= {"weights": [checksum(cfg.model), checksum(cfg.teacher)],
+              "files": [checksum(cfg.data), checksum(cfg.corpus)]}
     path = Path(cfg.out) / "results.json" if cfg.out else None
     name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
     if results := earlier(path, given, name, m, own):
@@ -235,16 +233,14 @@ def main(cfg: Config, own: bool = False) -> dict:
     examples = data.load_examples(name, cfg.split, tokenizer, cfg.max_prompt_tokens, longest, m.say)[: cfg.limit]
     seeds = [10 * (n + 1) for n in range(cfg.seeds)]
     room = cfg.max_response_tokens or min(room_for_answers(g, [e.prompt for e in examples]) for g in both)
-    pieces = []
+    texts = {"loss": examples}
     if cfg.corpus:
         corpus = data.load_corpus(cfg.corpus, tokenizer, Path(cfg.out or "out") / "corpus", m)
-        pieces = data.Pieces(corpus, min(512, model.config.n_positions))[:200]
+        texts["text_loss"] = data.Pieces(corpus, min(512, model.config.n_positions))[:200]
     began = time.perf_counter()
     means, answers = evaluate(model, tokenizer, examples, m, teacher, seeds, room, cfg.batch_size, forward=True,
                               no_repeat_ngram=cfg.no_repeat_ngram, progress=cfg.model)
-    means["loss"] = [held_out_loss(model, examples, m)]
-    if pieces:
-        means["text_loss"] = [held_out_loss(model, pieces, m)]
+    means |= {name: [held_out_loss(model, text, m)] for name, text in texts.items()}
     seconds = time.perf_counter() - began
     m.say(f"{cfg.model} on {name}, {len(examples):,} prompts; mean and standard deviation over seeds: {len(seeds)}")
     for metric, values in means.items():

@@ -24,8 +24,8 @@ from sample import follow, room_for_answers, sample, uniforms
 
 def errors(student: GPT, teacher: GPT, prompts: Sequence[list[int]], samples: int, T: int, m: Machine, seed: int = 0,
            batch_size: int = 64) -> np.ndarray:
-    """(4, N, T): the errors along answers of q, summed over `samples` answers to each prompt, and how many answers
-    reached the position; then both along answers of p. Pass `frozen` models."""
+    """(4, N, T): the errors along answers of q, summed over `samples` answers to each prompt, and the number of answers
+    that reach the position; then the same two along answers of p. Pass `frozen` models."""
     totals = torch.zeros(4, len(prompts), T, dtype=torch.float64, device=m.device)
     mine = list(range(m.rank, len(prompts), m.world))
     mine_prompts = [prompts[i] for i in mine]
@@ -43,10 +43,10 @@ def errors(student: GPT, teacher: GPT, prompts: Sequence[list[int]], samples: in
 
 
 def excess(totals: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """R(l), eps(l) and ExAccErr(l) in percent, for l = 1, 2 ... up to where fewer than one answer in a hundred goes on.
+    """R(l), eps(l) and ExAccErr(l) in percent, (..., l) each, for l = 1, 2 ... while one answer in a hundred goes on.
 
-    totals (4, N, T) from errors(); weights (..., N) counts prompts anew, for a bootstrap. The equations say nothing of
-    answers that end: here E_{y_<t ~ q} and E_{y_<t ~ p} are taken over those that have got to t. (..., l) each"""
+    totals (4, N, T) is what errors() returns; weights (..., N), how often a bootstrap draws each prompt. The equations
+    say nothing of answers that end: here E_{y_<t ~ q} and E_{y_<t ~ p} are over the answers that reach t."""
     weights = np.ones(totals.shape[1]) if weights is None else weights
     alive = totals[1::2].sum(1)  # (2, T)
     l = int((alive >= np.maximum(1, alive[:, :1] / 100)).all(0).sum())
