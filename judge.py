@@ -98,17 +98,16 @@ REPLY_TOKENS = 32  # a reply may be this long; two numbers are shorter
 TOKENS = ("prompt_tokens", "completion_tokens")
 
 
+def digest(*parts) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def question(instruction: str, input: str, first: str, second: str) -> list[dict]:
     """The messages. No answer can forge the line that ends it, as the code depends on both answers."""
-    code = hashlib.sha256(json.dumps([instruction, input, first, second]).encode()).hexdigest()[:12]
+    code = digest(instruction, input, first, second)[:12]
     parts = {"instruction": instruction, "input": input, "assistant 1": first, "assistant 2": second, "end": ASK}
     text = "\n".join(f"=== {name} {code} ===\n{part}" for name, part in parts.items() if part or name != "input")
     return [{"role": "system", "content": SYSTEM.format(code=code)}, {"role": "user", "content": text}]
-
-
-def digest(judge: str, messages: list[dict]) -> str:
-    """What a reply is kept under: neither the address nor the key changes what was asked."""
-    return hashlib.sha256(json.dumps([judge, messages]).encode()).hexdigest()
 
 
 def labelled(n: int) -> str:
@@ -119,8 +118,8 @@ MARKS = re.compile(rf"""[\s*"'`(\[]*{labelled(1)}[\s*]*[\s,;][\s*]*{labelled(2)}
 
 
 def read_marks(reply: str) -> tuple[float, float] | None:
-    """Two marks from 1 to 10 on the first line that is not empty, or None. A comma, "/10", quotes, stars, and names of
-    the assistants in their order may stand about them, but no other word and no third number: better to ask again."""
+    """Two marks from 1 to 10 on the first line that is not empty, or None. A comma, "/10", quotes, stars and the
+    assistants' names in order are let pass; at any other word, or a third number, it is better to ask again."""
     first = next(filter(None, map(str.strip, reply.splitlines())), "")
     found = MARKS.fullmatch(first[:100])  # longer ones would keep the expression busy
     marks = tuple(map(float, found.groups())) if found else (0.0, 0.0)
@@ -140,13 +139,9 @@ def connect(cfg: Config, secret: str) -> requests.Session:
     session, adapter = requests.Session(), HTTPAdapter(pool_maxsize=cfg.workers, max_retries=retry)
     session.mount("http://", adapter)
     session.mount("https://", adapter)
-
-    def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if secret:
-            request.headers["Authorization"] = f"Bearer {secret}"
-        return request
-
-    session.auth = sign  # without one, requests would send the password that ~/.netrc has for the host
+    if secret:
+        session.headers["Authorization"] = f"Bearer {secret}"
+    session.auth = lambda request: request  # else requests would send the password that ~/.netrc has for the host
     session.trust_env = urlsplit(cfg.url).hostname not in ("localhost", "127.0.0.1", "::1")  # no proxy to this machine
     return session
 
@@ -185,7 +180,7 @@ def post(cfg: Config, session: requests.Session, secret: str, messages: list[dic
 
 
 def printable(body: bytes) -> str:
-    """One line of a body. JSON is written anew: escapes could hide what is looked for in it."""
+    """A body as one line. JSON is written anew, as escapes could hide the key in it."""
     try:
         text = json.dumps(json.loads(body), ensure_ascii=False)
     except (ValueError, RecursionError):
@@ -208,7 +203,7 @@ def read_reply(body: bytes) -> tuple[str, Counter]:
 def ask(cfg: Config, session: requests.Session, secret: str, messages: list[dict]) -> dict:
     """The judge's marks, its reply and what it used. No marks if --tries replies in a row could not be read."""
     *before, last = messages
-    used, marks, text = Counter(), None, ""
+    used = Counter()
     for n in range(cfg.tries):  # at temperature 0 the same words would bring the same reply
         asked = last | {"content": last["content"] + ASK_AGAIN.format(n=n) * (n > 0)}
         text, usage = read_reply(post(cfg, session, secret, [*before, asked]))
@@ -224,7 +219,7 @@ HEAD = b'{"key": "'  # of a line of the cache
 
 
 def read_cache(path: Path) -> tuple[dict[str, dict], int | None]:
-    """The replies of earlier runs, and where the file ends well if its last line was cut off."""
+    """The replies of earlier runs by their keys and, if the last line was cut off, the number of bytes before it."""
     if not path.exists():
         return {}, None
     (*lines, rest), known = path.read_bytes().split(b"\n"), {}
@@ -244,7 +239,7 @@ def read_cache(path: Path) -> tuple[dict[str, dict], int | None]:
 
 
 def find_key(cfg: Config) -> str:
-    """The key, which goes into a header of the request and nowhere else, or "". Says aloud where it goes."""
+    """The key, or "". It goes into a header of the request and nowhere else; to which host is printed."""
     secret, host = os.environ.get(cfg.key_env, ""), urlsplit(cfg.url).hostname
     if not secret and host == "api.openai.com":
         raise UserError(f"{host} wants a key: put one into ${cfg.key_env}, or name another variable with --key_env")
@@ -299,11 +294,12 @@ def samples(name: str) -> Path:
 
 
 def file_of(cfg: Config) -> str:
-    """The name of the results: those of another judge, or against another model, have another."""
+    """The name of the results: each judge, and each model to compare with, has its own."""
     plain = lambda text: re.sub(r"[^\w.-]+", "-", text)[-80:].strip("-.")
-    other = os.path.realpath(cfg.against or "")
-    against = f"-against-{plain(cfg.against or '')}-{hashlib.sha256(other.encode()).hexdigest()[:6]}"
-    return f"judge-{plain(cfg.judge)}" + against * bool(cfg.against) + ".json"
+    if not cfg.against:
+        return f"judge-{plain(cfg.judge)}.json"
+    code = hashlib.sha256(os.path.realpath(cfg.against).encode()).hexdigest()[:6]
+    return f"judge-{plain(cfg.judge)}-against-{plain(cfg.against)}-{code}.json"
 
 
 def read_answers(name: str, need_references: bool) -> list[dict]:
@@ -345,7 +341,7 @@ def fault_of(row, need_references: bool) -> str:
 
 
 def by_question(rows: list[dict]) -> dict[tuple, dict]:
-    """Rows by seed, instruction and input. If a set holds an instruction twice: by which of them it is, too."""
+    """Rows by (seed, instruction, input, n), where n tells apart those that have the other three in common."""
     seen, found = Counter(), {}
     for row in rows:
         key = (row["seed"], row["instruction"], row["input"])
@@ -357,8 +353,8 @@ def by_question(rows: list[dict]) -> dict[tuple, dict]:
 # ---- the score ------------------------------------------------------------------------------------------------------
 
 def ratio(above: np.ndarray, below: np.ndarray) -> tuple[list[float], list[float]]:
-    """100 x sum(above) / sum(below) in each column, and where the mean of the columns lies, 95%, by a bootstrap over
-    the rows, which are prompts: 2,000 draws, always the same. (prompts, columns) each."""
+    """(prompts, columns) each -> 100 x sum(above) / sum(below) in each column, and the 95% interval of their mean by a
+    bootstrap over prompts: 2,000 draws, always the same."""
     n = len(above)
     times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 2000)  # how often each prompt is drawn
     with np.errstate(invalid="ignore"):  # a draw of few prompts may hold none of a seed
@@ -367,8 +363,8 @@ def ratio(above: np.ndarray, below: np.ndarray) -> tuple[list[float], list[float
 
 
 def score(judged: Sequence[tuple[int, int, float, float]], pairwise: bool) -> dict:
-    """Of (seed, prompt, the model's marks, the other's marks), each the sum over both orders: Section 3.1's score, or
-    the share of comparisons that the model wins, ties and loses."""
+    """Section 3.1's score, or the share of comparisons that the model wins, ties and loses, from (seed, prompt, the
+    model's marks, the other's marks); marks are sums over both orders."""
     seeds, prompts, mine, theirs = (np.array(values) for values in zip(*judged))
     (seeds, column), (_, row) = (np.unique(values, return_inverse=True) for values in (seeds, prompts))
 
@@ -391,7 +387,7 @@ def score(judged: Sequence[tuple[int, int, float, float]], pairwise: bool) -> di
 # ---- command --------------------------------------------------------------------------------------------------------
 
 def comparisons(cfg: Config) -> list[tuple[dict, str]]:
-    """Rows, each with the text that its answer is compared with."""
+    """Rows, and for each the text that its answer is compared with."""
     rows = read_answers(cfg.answers, need_references=not cfg.against)
     if not cfg.against:
         pairs = [(row, row["references"][0]) for row in rows]
@@ -412,7 +408,7 @@ def main(cfg: Config) -> dict | None:
     for row, other in pairs:  # both orders, as judges tend to prefer what is shown first
         orders = ((row["answer"], other), (other, row["answer"]))
         both = [question(row["instruction"], row["input"], *order) for order in orders]
-        keys.append([digest(cfg.judge, messages) for messages in both])
+        keys.append([digest(cfg.judge, messages) for messages in both])  # without address and key: they change no mark
         questions |= zip(keys[-1], both)
     cache = Path(cfg.cache or out / "judgements.jsonl")
     known, cut_at = read_cache(cache)
