@@ -1,9 +1,10 @@
 """The built-in world: a little language whose right answers can be told from wrong ones exactly.
 
-One instruction has tens of thousands of right answers, and later words depend on earlier ones: the pronoun on the
-name, the tense on the first verb, "a" or "an" and "it" or "them" on what follows, the deed on the kind of thing, the
-second sentence on the name and the place of the first. So precision is measured, not estimated, on a laptop.
-There are 81 instructions, and training meets them all: what is tested is what a model says to them, not to new ones.
+One instruction has tens of thousands of right answers, in which later words depend on earlier ones: the pronoun on
+the name, all verbs on the tense of the first, the word after "a" or "an" on its first letter, "it" or "them" on the
+number, the deed on the kind of thing, the second sentence on the name and place of the first. So a laptop can measure
+precision instead of estimating it. All 81 instructions are trained on: a test asks what a model answers to these, not
+to new ones.
 
 Paper:    none; arXiv 2306.08543v4 argues in Section 2.1 that a small student should rather be right than cover all.
 Run:      python data.py --data=tiny          prints some of it
@@ -62,18 +63,15 @@ def story(thing: str, hero: str):
 
 def write(thing: str, hero: str, rng: np.random.Generator) -> str:
     """A right answer, every choice of the grammar drawn evenly."""
-    grammar, words = story(thing, hero), []
-    allowed = next(grammar)
-    while True:
-        words.append(allowed[rng.integers(len(allowed))])
-        try:
-            allowed = grammar.send(words[-1])
-        except StopIteration:
-            return " ".join(words[:-1]).replace(" .", ".")
+    grammar = story(thing, hero)
+    words = [pick(rng, next(grammar))]
+    while words[-1]:
+        words.append(pick(rng, grammar.send(words[-1])))
+    return " ".join(words[:-1]).replace(" .", ".")
 
 
 def is_valid(instruction: str, input: str, answer: str) -> bool:
-    """Whether this is one of the right answers, to the letter. False for an instruction of another world."""
+    """Whether this is one of the right answers, to the letter. False for an instruction that is not of this world."""
     asked = re.fullmatch(r"Tell about the (\w+)", instruction)
     if asked is None or asked[1] not in THINGS or input not in ("", *NAMES):
         return False
@@ -82,14 +80,11 @@ def is_valid(instruction: str, input: str, answer: str) -> bool:
         return False
     grammar = story(asked[1], input)
     allowed = next(grammar)
-    for word in (*words, ""):
+    for word in words:
         if word not in allowed:
             return False
-        try:
-            allowed = grammar.send(word)
-        except StopIteration:
-            return True
-    raise AssertionError('the grammar ends where it is sent ""')
+        allowed = grammar.send(word)
+    return "" in allowed
 
 
 @cache
@@ -117,10 +112,9 @@ def pick(rng: np.random.Generator, words) -> str:
 
 @cache
 def vocabulary() -> list[str]:
-    """Every word, with the space before it. A name may begin an answer, and "Tell" begins an instruction; as only they
-    are capitals, words put side by side in any order can be told apart again."""
-    deeds = [word for tenses in DOING.values() for words in tenses.values() for word in words]
-    verbs = [*FINDING["past"], *FINDING["present"], *deeds, *WANTING["past"], *WANTING["present"]]
+    """Every word with the space before it, and without one what may begin a text, or ends a sentence. As those are a
+    full stop and words in capitals, tokens side by side in any order can be told apart again."""
+    verbs = [word for tenses in (FINDING, *DOING.values(), WANTING) for words in tenses.values() for word in words]
     small = ["about", "the", "a", "an", "two", "some", "and", "she", "he", "it", "them", "in", "then", "from", "near"]
     spaced = [*small, *NAMES, *THINGS, *PLURALS.values(), *ADJECTIVES, *verbs, *PLACES]
     return ["Tell", ".", *NAMES, *(" " + word for word in spaced)]
