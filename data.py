@@ -4,7 +4,7 @@ Paper:    arXiv 2306.08543v4, Section 3.1 and Appendix B: D (Dolly, 1,000 rows f
           the evaluation sets. Prompts over 256 tokens and samples over 512 are dropped, and counted aloud.
 Run:      python data.py --data=dolly           what a set holds; also --data=FILE.jsonl, --data=tiny
 Shapes:   B rows, P prompt tokens, T response tokens, S of both.
-Left out: chat templates and several turns (the paper has one of each); sets that do not fit into memory.
+Left out: chat templates and several turns (the paper has one template and one turn); sets larger than memory.
 """
 
 import hashlib
@@ -72,13 +72,13 @@ HUB_SETS = {
 
 
 def load_rows(name: str, split: str) -> list[Row]:
-    """The train, valid or test rows of "tiny" (the built-in world), of a set on the hub, or of a .jsonl file.
+    """The rows of a split of "tiny" (the built-in world), of a set on the hub, or of a .jsonl file.
 
-    A file's validation rows are its first tenth, 1,000 at most; asked for as "test", or as "all" that it has to train
-    on, it is whole.
+    A file's "valid" rows are its first tenth, 1,000 at most, and "train" has the others; "test" is the whole file.
+    "all" is what can be trained on if another set validates: of a file all rows, of other sets those of "train".
     Raises UserError: for a bad row with file, line and fault, and for a set that cannot be had."""
     if split == "all" and not name.endswith(".jsonl"):
-        split = "train"  # which others are held out of it is fixed
+        split = "train"
     if name == "tiny":
         return [Row(instruction, input, (answer,)) for instruction, input, answer in world.instructions(split)]
     if name in HUB_SETS:
@@ -159,8 +159,8 @@ def load_examples(name: str, split: str, tokenizer: tiktoken.Encoding, max_promp
                   say: Callable = print) -> list[Example]:
     """The examples of a split; `say` is told how many there are and how many were dropped.
 
-    Dropped are prompts over `max_prompt_tokens` and, but for the test split, samples over `max_tokens`. A reference
-    of the test split that is too long is cut: only the held-out loss reads its tokens."""
+    Dropped are prompts over `max_prompt_tokens` and, but for the test split, samples over `max_tokens`. In that the
+    reference is cut instead: only the held-out loss reads its tokens."""
     rows = load_rows(name, split)
     prompts = encode(tokenizer, [row.prompt_text for row in rows])
     answers = encode(tokenizer, [row.outputs[0] for row in rows])
@@ -215,7 +215,7 @@ def tokenizer_for(data: str) -> tiktoken.Encoding:
     return world_tokenizer() if data in ("tiny", "tiny-text") else gpt2_tokenizer()
 
 
-# Some of GPT-2's tokens as its vocabulary spells them. GPT-2s of other languages have as many, but others.
+# Some of GPT-2's tokens as its vocabulary spells them. GPT-2s of other languages have as many, but not these.
 OF_GPT2 = {"Ġthe": 262, "Ġand": 290, "Ġof": 286, "ing": 278, "ĠEnglish": 3594}
 
 
@@ -304,15 +304,14 @@ def halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 # ---- plain text, D_PT -----------------------------------------------------------------------------------------------
 
 def is_text(name: str) -> bool:
-    """Whether a name of data means plain text rather than instructions."""
-    if name == "tiny" or name in HUB_SETS:
-        return False
-    return name == "tiny-text" or name.startswith("openwebtext") or name.endswith(".txt") or Path(name).is_dir()
+    """Whether a name of data means plain text rather than instructions; a folder called "dolly" does not."""
+    return name not in ("tiny", *HUB_SETS) and (
+        name == "tiny-text" or name.startswith("openwebtext") or name.endswith(".txt") or Path(name).is_dir())
 
 
 def text_files(name: str) -> list[Path]:
-    """The .txt files that a name of plain text means; none for a name on the hub. Raises UserError for what is not
-    there, and where the package is missing that reads OpenWebText."""
+    """The .txt files that a name of plain text means; none for tiny-text and openwebtext. Raises UserError for what is
+    not there, and where the package is missing that reads OpenWebText."""
     if name == "tiny-text":
         return []
     if re.fullmatch(r"openwebtext(:[1-9]\d*)?", name):
@@ -337,14 +336,13 @@ def load_corpus(name: str, tokenizer: tiktoken.Encoding, folder: Path, m: Machin
     if name == "tiny-text":
         lines = encode(tokenizer, world.text())
         return np.array([token for line in lines for token in [*line, tokenizer.eot_token]], np.uint16)
+    documents = text_documents(files)
     if not files:
         names = [f"plain_text/partial-train/{n:04d}.parquet" for n in range(int(name.partition(":")[2] or 1))]
         files = [fetch("Skylion007/openwebtext", file, "dataset", "refs/convert/parquet") for file in names]
         if None in files:
             raise missing("Skylion007/openwebtext", names[files.index(None)])
         documents = parquet_documents(files)
-    else:
-        documents = text_documents(files)
     key = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files] + [tokenizer.name])
     path = folder / f"{Path(name).stem.replace(':', '-')}-{hashlib.sha1(key.encode()).hexdigest()[:12]}.bin"
     whole = path.exists() and path.stat().st_size and path.stat().st_size % 2 == 0
@@ -370,16 +368,14 @@ def text_documents(files: list[Path]) -> Iterator[tuple[str, bool]]:
         try:
             with open(path, encoding="utf-8-sig", newline="") as file:
                 for line in file:
-                    if line.rstrip("\r\n") == END:
-                        if piece:
-                            yield "".join(piece).removesuffix("\n"), True
+                    ends = line.rstrip("\r\n") == END
+                    if piece and (ends or (size > 100_000 and not line[0].isspace() and piece[-1].strip())):
+                        text = "".join(piece)
+                        yield (text.removesuffix("\n") if ends else text), ends
                         piece, size = [], 0
-                        continue
-                    if size > 100_000 and not line[0].isspace() and piece[-1].strip():
-                        yield "".join(piece), False
-                        piece, size = [], 0
-                    piece.append(line)
-                    size += len(line)
+                    if not ends:
+                        piece.append(line)
+                        size += len(line)
         except UnicodeDecodeError:
             raise UserError(f"{path}: not UTF-8 text") from None
         if piece:
