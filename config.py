@@ -51,8 +51,8 @@ class Stopped(Exception):
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 def flag(default, help: str, may_be_empty: bool = False):
-    """A field of a Config: its default, and one phrase that --help prints. --name= is a mistake unless it may be empty:
-    a path of no letters would be the present folder."""
+    """A field of a Config: its default, and one phrase that --help prints. An empty value, --name=, is a mistake unless
+    `may_be_empty`: as a path it would mean the present folder."""
     return dataclasses.field(default=default, metadata={"help": help, "may_be_empty": may_be_empty})
 
 
@@ -66,11 +66,10 @@ def parse(Config: type, argv: list[str], presets: Callable[[dict], dict] | None 
 
     Exits with code 2 and one line on an unknown flag, a value of the wrong type or one out of range."""
     parser = Parser(allow_abbrev=False, description=(sys.modules[Config.__module__].__doc__ or "").split("\n")[0])
-    hints = typing.get_type_hints(Config)
-    names = {field.name: f"--{field.name}" for field in dataclasses.fields(Config)}
-    for field in dataclasses.fields(Config):
+    hints, fields = typing.get_type_hints(Config), dataclasses.fields(Config)
+    for field in fields:
         kind, choices = hints[field.name], None
-        if kind == tuple[str, ...]:  # the one field of a script that has no name on its command line
+        if kind == tuple[str, ...]:  # words that no flag stands before
             parser.add_argument(field.name, nargs="*", default=argparse.SUPPRESS, help=field.metadata["help"])
             continue
         if isinstance(kind, types.UnionType):  # `float | None`: None stands for "not given"
@@ -79,36 +78,35 @@ def parse(Config: type, argv: list[str], presets: Callable[[dict], dict] | None 
             choices, kind = typing.get_args(kind), str
         help = f"{field.metadata['help']} [{' | '.join(choices) + '; ' if choices else ''}default {field.default}]"
         more = {"nargs": "?", "const": True} if kind is bool else {"choices": choices}
-        parser.add_argument(names[field.name], type=READERS[kind], default=argparse.SUPPRESS,
+        parser.add_argument(f"--{field.name}", type=READERS[kind], default=argparse.SUPPRESS,
                             help=help.replace("%", "%%"), metavar=kind.__name__.upper(), **more)
     for word in argv:
         try:
             word.encode()
-        except UnicodeEncodeError:  # nor could it be noted beside a result
+        except UnicodeEncodeError:  # it could not be written beside a result either
             parser.error(f"{word!r} is not UTF-8 text")
-    given, unknown = parser.parse_known_intermixed_args(argv)
+    known, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
         if not name.startswith("--"):
             parser.error(f"unexpected argument {unknown[0]!r}: every setting is a flag, --name=value")
-        near = difflib.get_close_matches(name, names.values(), n=1)
+        near = difflib.get_close_matches(name, [f"--{field.name}" for field in fields], n=1)
         parser.error(f"unknown flag {name}" + (f" (did you mean {near[0]}?)" if near else "; --help lists them"))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(known).items()}
+    for field in fields:
+        value = given.get(field.name)
+        if isinstance(value, tuple) and hints[field.name] != tuple[str, ...]:  # argparse reads "--" as no value at all
+            parser.error(f"argument --{field.name}: a value is missing")
+        if value == "" and not field.metadata["may_be_empty"]:
+            parser.error(f"--{field.name}= is empty: give a value, or leave the flag out")
     try:
-        given = vars(given)
-        for name in [name for name, value in given.items() if isinstance(value, list)]:
-            given[name] = tuple(given[name])
-            if hints[name] != tuple[str, ...]:  # argparse takes "--" for no value at all
-                parser.error(f"argument --{name}: a value is missing")
-        for field in dataclasses.fields(Config):
-            if given.get(field.name) == "" and not field.metadata["may_be_empty"]:
-                parser.error(f"--{field.name}= is empty: give a value, or leave the flag out")
         return make(Config, given, presets)
     except UserError as error:
         parser.error(str(error))
 
 
 def make(Config: type, given: dict, presets: Callable[[dict], dict] | None = None):
-    """A Config of the settings given, over what they imply (`presets`), over the defaults."""
+    """A Config of the settings given, of what they imply by `presets` where they are silent, and of the defaults."""
     return Config(**(presets(given) if presets else {}) | given)
 
 
@@ -135,7 +133,7 @@ READERS = {bool: read_bool, int: read_number(int, "an integer"), float: read_num
 
 
 def check(cfg, **ranges: tuple[float, float]) -> None:
-    """Raises UserError for a field outside of its closed range. A field that is None is not looked at."""
+    """Raises UserError for a field outside its range, bounds included. None is always allowed."""
     for name, (low, high) in ranges.items():
         value = getattr(cfg, name)
         if value is not None and not low <= value <= high:
@@ -143,8 +141,8 @@ def check(cfg, **ranges: tuple[float, float]) -> None:
 
 
 def check_place(cfg, folder: str = "", file: str = "") -> None:
-    """Raises UserError, before there is any work, if nothing can be written to the path in a field: that of a folder,
-    which there may not be yet, or that of a file in one."""
+    """Raises UserError if nothing can be written to the path in a field, of a folder or of a file. Folders that do not
+    exist yet are no mistake."""
     name, path = folder or file, getattr(cfg, folder or file)
     if path is None:
         return
@@ -156,7 +154,8 @@ def check_place(cfg, folder: str = "", file: str = "") -> None:
 
 
 def run(main: Callable, Config: type, presets: Callable[[dict], dict] | None = None) -> None:
-    """What stands under `if __name__ == "__main__"`: flags in, main, mistakes out in one line with exit code 2."""
+    """What stands under `if __name__ == "__main__"`: reads the flags and calls main. A mistake is told in one line, and
+    the exit code is 2; what was stopped by a signal has the signal's."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without the letter "±" is no reason to stop
             stream.reconfigure(errors="replace")
@@ -164,7 +163,7 @@ def run(main: Callable, Config: type, presets: Callable[[dict], dict] | None = N
     before = signal.signal(signal.SIGTERM, stop_now)
     try:
         main(cfg)
-        if dist.is_initialized():  # not behind an error: NCCL would wait for processes that wait for this one
+        if dist.is_initialized():  # not after an error: NCCL would wait for processes that wait for this one
             dist.destroy_process_group()
     except (Stopped, KeyboardInterrupt) as stop:
         stop = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
@@ -191,7 +190,7 @@ def run(main: Callable, Config: type, presets: Callable[[dict], dict] | None = N
 
 
 def drop_output() -> None:
-    """Whoever read the output reads no more."""
+    """Lets further output go nowhere: who read it has left."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -200,15 +199,15 @@ def stop_now(signum: int, frame) -> typing.NoReturn:
 
 
 class Stop:
-    """Within it SIGINT and SIGTERM are noted, for a loop to act upon where nothing is lost; a second one ends the run
-    at once. Python hears of signals in its main thread alone, so elsewhere nothing changes."""
+    """Within it SIGINT and SIGTERM are only noted, for a loop to end where nothing is lost; a second one ends the run
+    at once. Python handles signals in its main thread only, so in another nothing changes."""
 
     def __init__(self, when: str):
         self.when, self.own, self.signum = when, 0, 0  # the signal that this process had; that any had
 
     def __enter__(self) -> "Stop":
-        self.main = threading.current_thread() is threading.main_thread()
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM) if self.main}
+        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self.before = {s: signal.signal(s, self.note) for s in signals}
         return self
 
     def note(self, signum: int, frame) -> None:
@@ -263,7 +262,7 @@ class Machine:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
     def gather(self, items: list) -> list:
-        """The lists of all processes, one behind the other."""
+        """The lists of all processes, joined."""
         if self.world == 1:
             return items
         parts = [None] * self.world
@@ -280,14 +279,14 @@ class Machine:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, function: Callable) -> float:
-        """What a call of the function takes, to the end of what it told the device to do."""
+        """How long a call of the function takes, including what it has told the device to do."""
         began = time.perf_counter()
         function()
         self.synchronize()
         return time.perf_counter() - began
 
     def peak_gib(self) -> float:
-        """The most memory held so far: on a GPU by tensors, on a CPU by the process, which Linux alone tells."""
+        """The most memory held so far: on a GPU by tensors, on a CPU by the process, and NaN if that is not Linux."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         status = Path("/proc/self/status")  # not getrusage: a child inherits its parent's figure there
@@ -299,13 +298,13 @@ class Machine:
         if self.rank == 0:
             try:
                 print(*words, flush=True)
-            except BrokenPipeError:  # hours of training do not end with a reader's `| head`
+            except BrokenPipeError:  # `| head` does not end hours of training
                 drop_output()
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc's allocator to keep what is freed for the next tensor of its size, instead of giving it back page by
-    page or leaving holes between: training took a third less memory so, and no time. Elsewhere nothing happens."""
+    """Tells glibc's allocator to keep freed memory for the next tensor of that size, which saves a third of training's
+    memory: otherwise holes remain. Elsewhere nothing happens."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
@@ -318,8 +317,8 @@ def machine(device: str = "auto", dtype: str = "auto", vocab_chunk: int | None =
             capture: bool = False) -> Machine:
     """Picks device and dtype, and joins torchrun's process group where there is one.
 
-    dtype auto: bfloat16 where the device multiplies it natively, else float16 on CUDA and float32 on the CPU. Logits of
-    128 positions fit into a CPU's caches: 1,024 at a time made a training step there five times slower."""
+    dtype auto: bfloat16 where the device multiplies it natively, else float16 on CUDA and float32 on the CPU.
+    vocab_chunk None: 1,024 positions on CUDA; on the CPU 128, whose logits fit into its caches."""
     try:
         rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
         world = int(os.environ.get("WORLD_SIZE", 1))
@@ -346,7 +345,7 @@ def machine(device: str = "auto", dtype: str = "auto", vocab_chunk: int | None =
         torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 it plans anew for each length, up to 40 ms a token
     elif capture:
         raise UserError("--capture records a step of a GPU; on the CPU there is nothing to record")
-    if world > 1 and not dist.is_initialized():  # all wait while one tokenises plain text, hence the hours
+    if world > 1 and not dist.is_initialized():  # six hours, as all wait while one tokenises plain text
         kind = dict(backend="nccl", device_id=place) if place.type == "cuda" else dict(backend="gloo")
         dist.init_process_group(**kind, timeout=timedelta(hours=6))
     if dtype == "auto":
@@ -365,7 +364,8 @@ def machine(device: str = "auto", dtype: str = "auto", vocab_chunk: int | None =
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` if the block ends well: a reader finds the old file or the new, whole."""
+    """A temporary path that becomes `path` if the block ends well: what is read there is the old file or the new one,
+    never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
     try:
@@ -376,8 +376,8 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def checksum(name: str | Path | None) -> int | None:
-    """A checksum of a user's own file, or of the texts and weights in a folder, by which others in their place are
-    noticed; None for another name, which says itself what it stands for."""
+    """A checksum of a user's own file, or of the texts and weights in a folder, to notice if they are replaced; None
+    for the name of anything else, which always means the same."""
     path = Path(name or "")
     kinds = ("*.safetensors", "*.bin", "**/*.txt") if name and path.is_dir() else ()
     files = [path] if path.is_file() else sorted(file for kind in kinds for file in path.glob(kind))
@@ -387,7 +387,8 @@ def checksum(name: str | Path | None) -> int | None:
 
 @cache
 def crc32_of(path: Path, size: int, mtime_ns: int) -> int:
-    """Of a file as it was then: read once in a process, and of a very large one the beginning and the end."""
+    """Of a file that had this size and time of change. Each is read once in a process, and of a very large one only the
+    beginning and the end."""
     crc, part = size, 2**24
     with open(path, "rb") as file:
         while piece := file.read(part):
@@ -399,9 +400,8 @@ def crc32_of(path: Path, size: int, mtime_ns: int) -> int:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keeps other runs from writing into a folder. The lock, a file beside it, ends with the process, however it ends.
-
-    Raises UserError if another run holds it."""
+    """Keeps other runs from writing into a folder: raises UserError if one does already. The lock, on a file beside the
+    folder, ends with the process, however that ends."""
     lock = FileLock(f"{folder}.lock")
     if int(os.environ.get("RANK", 0)) == 0:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -432,7 +432,7 @@ def write_json(path: Path, value) -> None:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The rows of a .jsonl file that a run has written, or is writing: without a last line that is not whole."""
+    """The rows of a .jsonl file that a run has written or is writing; a last line that is not whole is left out."""
     *lines, _ = path.read_bytes().split(b"\n")
     try:
         return [json.loads(line) for line in lines]
@@ -441,7 +441,6 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
-    """A .jsonl file."""
     with written_aside(path) as aside:
         aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
