@@ -1,8 +1,8 @@
 """Progress in the exercises, of one student or of a class: a row for each folder, a column for each exercise.
 
-A folder holds copies of the exercises with what was written into them. Of each copy only its `solve` is taken, and
-checked against this folder's own specification, in a process of its own: one that loops for ever, raises, exits or
-floods the terminal does not stop the others.
+A folder holds copies of the exercises with what was written into them. Of each copy only `solve` is taken, and checked
+against this folder's own specification, in a process of its own: one that loops for ever, raises, exits or floods the
+terminal does not stop the others.
 
 Run:      python exercises/check.py                             this folder
           python exercises/check.py class/anna class/ben --csv=progress.csv
@@ -110,8 +110,7 @@ def verdict_on(folder: Path, name: str, seconds: float) -> tuple[str, str]:
             RUNNING.discard(process)
         if not verdict.is_file():
             return "error", f"it ended by itself, with exit code {process.returncode}"
-        state, message = json.loads(verdict.read_text(encoding="utf-8"))
-    return state, message
+        return tuple(json.loads(verdict.read_text(encoding="utf-8")))
 
 
 def end(process: subprocess.Popen) -> None:

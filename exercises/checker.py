@@ -1,7 +1,7 @@
 """What every exercise shares: an answer is compared with a slow specification, and a slip that explains it is named.
 
 An exercise is a file with an `Exercise` in it. Its `spec` is written in loops and the paper's letters; the answer to be
-written, `solve`, has to give the same for every case. Shapes are compared first, then dtypes, then values, and nothing
+written, `solve`, has to give the same in every case. Shapes are compared first, then dtypes, then values, and nothing
 is broadcast: a mean over the wrong axis does not pass by chance.
 
 Run:      python exercises/07_length_norm.py           (this file has no command of its own)
@@ -12,7 +12,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,8 +25,8 @@ sys.path.append(str(ROOT))  # the project's files have no package
 @dataclass(frozen=True)
 class Exercise:
     """solve: the function to be written. spec: what it should compute. cases(): (name, arguments) pairs, awkward ones
-    among them. slips: what to say of a mistake, and a function that makes it. hints: a first and a second. parts: what
-    the values are, if it computes several, or several tuples."""
+    among them. slips: what to say of a mistake, and a function that makes it. hints: a first and a second. parts: the
+    names of the values if there are several; of a value that is a tuple, a tuple of names."""
     solve: Callable
     spec: Callable
     cases: Callable[[], Iterator[tuple[str, tuple]]]
@@ -40,12 +40,12 @@ class Exercise:
 class Verdict:
     """state: "solved", "unsolved" (nothing written yet), "wrong" or "error"; message: one line, in plain words."""
     state: str
-    message: str = field(default="")
+    message: str = ""
 
 
 def check(exercise: Exercise, solve: Callable | None = None) -> Verdict:
-    """Tries the cases up to the first that cannot be compared. A wrong value tells more than such a case, so it is told
-    first: by the slip that gives the same values, or else as a difference."""
+    """Tries the cases up to the first that cannot be compared. A wrong value in one before says more than that one, so
+    it is told instead: by the slip that gives the same values, or else as a difference."""
     solve, fault, tried = solve or exercise.solve, Verdict("solved"), []  # tried: (name, arguments, given, wanted)
     for name, arguments in exercise.cases():
         mine, theirs = copy.deepcopy(arguments), copy.deepcopy(arguments)
@@ -101,13 +101,13 @@ def first_line(error: Exception) -> str:
 
 
 def part_of(parts: tuple, n: int) -> tuple[str, tuple]:
-    """The name of the n-th value, and those of its own parts."""
+    """The name of the n-th value, and the names of its own parts."""
     part = parts[n] if parts else f"value {n + 1}"
     return ("the answer", part) if isinstance(part, tuple) else (part, ())
 
 
 def form(given, wanted, name: str = "the answer", parts: tuple = ()) -> str:
-    """What is wrong with the form of an answer, or nothing."""
+    """What is wrong with the form of an answer; empty if nothing is."""
     if given is None:
         return f"{name} is None: is there a return?"
     if isinstance(wanted, tuple):
@@ -136,17 +136,17 @@ def not_finite(value) -> bool:
     """Whether an answer holds inf or NaN."""
     if isinstance(value, tuple):
         return any(map(not_finite, value))
-    return not value.isfinite().all() if isinstance(value, Tensor) else isinstance(value, float) and not math.isfinite(
-        value)
+    if isinstance(value, Tensor):
+        return not value.isfinite().all()
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def agree(given, wanted, tolerance: float) -> bool:
-    """Whether two answers of one form are equal where the first is a finite number."""
+    """As same(), but where a tensor is all finite, inf or NaN in the other is passed over."""
     if isinstance(wanted, tuple):
         return all(agree(g, w, tolerance) for g, w in zip(given, wanted))
-    if isinstance(wanted, Tensor) and wanted.is_floating_point() and not_finite(given) and not not_finite(wanted):
-        finite = given.isfinite()
-        return same(given[finite], wanted[finite], tolerance)
+    if isinstance(wanted, Tensor) and not not_finite(wanted):
+        given, wanted = given[given.isfinite()], wanted[given.isfinite()]
     return same(given, wanted, tolerance)
 
 
@@ -167,12 +167,13 @@ def difference(given, wanted, tolerance: float, parts: tuple = ()) -> str:
         n = next(n for n, (g, w) in enumerate(zip(given, wanted)) if not same(g, w, tolerance))
         name, own = part_of(parts, n)
         return f"{name}: " * (not own) + difference(given[n], wanted[n], tolerance, own)
-    if not isinstance(wanted, Tensor) or wanted.dim() == 0:
-        return f"yours is {float(given):.6g}, it should be {float(wanted):.6g}" if isinstance(
-            wanted, float | Tensor) else f"yours is {given!r}, it should be {wanted!r}"
-    apart = (given.double() - wanted.double()).abs() > tolerance * (1 + wanted.double().abs())
-    at = tuple(apart.nonzero()[0].tolist())
-    return f"at {list(at)} yours is {given[at].item():.6g}, it should be {wanted[at].item():.6g}"
+    if isinstance(wanted, Tensor) and wanted.dim():
+        apart = (given.double() - wanted.double()).abs() > tolerance * (1 + wanted.double().abs())
+        at = tuple(apart.nonzero()[0].tolist())
+        return f"at {list(at)} " + difference(given[at], wanted[at], tolerance)
+    if isinstance(wanted, float | Tensor):
+        return f"yours is {float(given):.6g}, it should be {float(wanted):.6g}"
+    return f"yours is {given!r}, it should be {wanted!r}"
 
 
 def run(exercise: Exercise) -> None:
