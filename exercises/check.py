@@ -75,9 +75,8 @@ def judge(name: str, path: str, verdict: str) -> None:
 
 def body(path: Path, function: str) -> list[str]:
     """The statements of a function in a file, without comments and docstring."""
-    tree = ast.parse(path.read_bytes())
-    found = [node.body for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
-    return [ast.dump(part) for part in (found or [[]])[0] if not (
+    bodies = {node.name: node.body for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.FunctionDef)}
+    return [ast.dump(part) for part in bodies.get(function, []) if not (
         isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))]
 
 

@@ -177,7 +177,8 @@ def test_the_table_of_a_class(tmp_path, monkeypatch, capsys):
                 "kim": write("# my own\n    " + copied),
                 "dora": "raise ValueError('no')\n", "hugo": None, "finn": "import sys\nsys.exit(0)\n",
                 "gita": "import os\nos._exit(3)\n", "jan": "solve = (\n",
-                "ida": "def solve(reward, response_mask):\n    return reward\n"}
+                "ida": "def solve(reward, response_mask):\n    return reward\n",
+                "lea": f"{given}\n\ndef solve(reward, response_mask):\n    {copied}"}
     for student, source in students.items():
         (tmp_path / student).mkdir()
         if source is not None:
@@ -186,7 +187,8 @@ def test_the_table_of_a_class(tmp_path, monkeypatch, capsys):
     rows = course.main(course.Config(folders, csv=str(tmp_path / "class.csv"), seconds=300, jobs=2))
     states = {Path(folder).name: verdicts[0][0] for folder, verdicts in rows.items()}
     assert states == {"anna": "solved", "ben": "unsolved", "carl": "error", "dora": "error", "finn": "error",
-                      "gita": "error", "hugo": "missing", "ida": "wrong", "jan": "error", "kim": "error"}
+                      "gita": "error", "hugo": "missing", "ida": "wrong", "jan": "error", "kim": "error",
+                      "lea": "error"}
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 + len(students) and "1/1" in printed
     csv = (tmp_path / "class.csv").read_text().splitlines()
