@@ -1,11 +1,12 @@
 """MiniLLM: a student q learns from a teacher p by reverse KL and policy gradient.
 
-Paper:    arXiv 2306.08543v4, Section 2: Eqs. (1) to (7), but for (4), which is sample.py's; and Algorithm 1, which is
-          distil() below, its phase 1 in teacher.py. Where the paper is not followed to the letter a comment says "not".
+Paper:    arXiv 2306.08543v4, Section 2: Eqs. (1) to (7), except (4), which is in sample.py; and Algorithm 1: phase 1 is
+          in teacher.py, phase 2 is distil() below. Where the code departs from the paper, a comment says "not".
 Run:      python distill.py                           the built-in world: no network, no GPU, about two minutes
           python distill.py --teacher=gpt2-xl         the paper's world, every stage, beginning with the released GPT-2
           python distill.py --teacher=MiniLLM/teacher-gpt2-1.5B --student=MiniLLM/init-gpt2-120M       phase 2 alone
-Shapes:   B answers, b of a micro-batch, T response tokens, N response tokens of several rows, D width, V vocabulary.
+Shapes:   B answers, b of them in a micro-batch, T response tokens, N response tokens of several answers, D width,
+          V vocabulary.
 Left out: a critic, a KL to the initial student, an entropy bonus (the paper has none); ZeRO, tensor parallelism.
 """
 
@@ -51,19 +52,19 @@ from model import GPT, by_chunks, frozen, is_shape, learn_by_chunks, load, predi
 from sample import Rollout, follow, mix, sample, taken, turns, uniforms
 
 # ---- the equations, in the paper's order ----------------------------------------------------------------------------
-# Tensors in, tensors out. A sequence ends by its mask; entries of (B, T) tensors outside of it are 0.
+# Tensors in, tensors out. response_mask tells where an answer ends; beyond it (B, T) tensors are 0.
 
 
 def reverse_kl(student_logp_vocab: Tensor, teacher_logp_vocab: Tensor) -> Tensor:
-    """KL[q || p] at each position: Eq. (1) for one token, and -E_{y_t ~ q}[r_t], the single step of Eq. (3).
+    """KL[q || p] at each position: Eq. (1) for one token, which is -E_{y_t ~ q}[r_t], the single step of Eq. (3).
     (..., V) -> (...)"""
     return (student_logp_vocab.exp() * (student_logp_vocab - teacher_logp_vocab)).sum(-1)  # Eq. (1)
 
 
 def divergence(student_logp_vocab: Tensor, teacher_logp_vocab: Tensor, kind: str) -> Tensor:
-    """What a single step may minimise: reverse, as the paper; forward, KL[p || q]; js, the mean of KL[q || m] and
-    KL[p || m] with m = (p + q) / 2, as GKD has it (arXiv 2306.13649); skew, KL[p || 0.1 p + 0.9 q], as DistiLLM has it
-    (arXiv 2402.03898). (..., V) -> (...)"""
+    """What the single step minimises: reverse, KL[q || p], as in the paper; forward, KL[p || q]; js, the mean of
+    KL[q || m] and KL[p || m] with m = (p + q) / 2, as in GKD (arXiv 2306.13649); skew, KL[p || 0.1 p + 0.9 q], as in
+    DistiLLM (arXiv 2402.03898). (..., V) -> (...)"""
     q, p = student_logp_vocab, teacher_logp_vocab
     if kind == "reverse":
         return reverse_kl(q, p)
@@ -76,7 +77,7 @@ def divergence(student_logp_vocab: Tensor, teacher_logp_vocab: Tensor, kind: str
 
 
 def token_reward(teacher_logp: Tensor, student_logp: Tensor, scale: float = 1.0, clip: float = math.inf) -> Tensor:
-    """r_t = log p(y_t | y_<t, x) - log q(y_t | y_<t, x), of Eq. (2). (B, T). The paper neither scales nor clips it."""
+    """r_t = log p(y_t | y_<t, x) - log q(y_t | y_<t, x) of Eq. (2), which the paper neither scales nor clips. (B, T)"""
     return ((teacher_logp - student_logp) * scale).clamp(-clip, clip)  # Eq. (2)
 
 
@@ -84,7 +85,7 @@ def future_reward(reward: Tensor, response_mask: Tensor, gamma: float = 1.0, len
                   return_from: str = "next") -> Tensor:
     """R_{t+1}, or R_t if return_from is "current"; with length_norm divided by the number of its rewards. (B, T)
 
-    gamma weighs r_{t'} by gamma^(t'-t); the paper has none. After the last token nothing comes, and R is 0."""
+    gamma weighs r_{t'} by gamma^(t'-t), which the paper does not. R_{t+1} of the last token is an empty sum: 0."""
     R, total = torch.zeros_like(reward), torch.zeros_like(reward[:, 0])
     for t in reversed(range(reward.size(1))):
         total = reward[:, t] + gamma * total  # R_t
@@ -98,14 +99,14 @@ def future_reward(reward: Tensor, response_mask: Tensor, gamma: float = 1.0, len
 
 def importance_weights(student_logp: Tensor, mixed_logp: Tensor, response_mask: Tensor,
                        kind: str) -> tuple[Tensor, Tensor]:
-    """For tokens drawn from p~ instead of q, two weights, (B, T) each: that of L_Single, and that of L_Long without the
-    ratio q / p~ at t, by which long_term_loss itself multiplies.
+    """The weights of L_Single and of L_Long, for tokens drawn from p~ instead of q. (B, T) each. That of L_Long is
+    without the ratio q / p~ at t, which long_term_loss multiplies by.
 
-    per_token: w_t = q(y_t) / p~(y_t), by which the paper replaces the product, to tame its variance; biased.
-    product: prod_{t'<=t}, Eq. (5) as printed. Exact for the single step; biased for the long term, as R_{t+1} is made
-    of tokens after t, and they were drawn from p~ too.
-    exact: the single step is weighted by what led to it, prod_{t'<t}, the long term by the whole answer.
-    none: as if the tokens were q's own."""
+    per_token: w_t = q(y_t) / p~(y_t), which the paper puts in place of the product, for less variance; biased.
+    product: prod_{t'<=t}, Eq. (5) as printed; exact for the single step, but biased for the long term, because the
+    later tokens that R_{t+1} sums over were drawn from p~ too.
+    exact: for the single step the product over what led to it, prod_{t'<t}; for the long term over the whole answer.
+    none: as if the tokens had been drawn from q."""
     log_w = ((student_logp - mixed_logp) * response_mask).detach()  # (B, T)
     upto, one = log_w.cumsum(1), torch.ones_like(log_w)
     if kind == "none":
@@ -118,8 +119,8 @@ def importance_weights(student_logp: Tensor, mixed_logp: Tensor, response_mask: 
 
 
 def whiten(values: Tensor, response_mask: Tensor, kind: str) -> Tensor:
-    """To mean 0 and variance 1 over the response positions ("responses") or, as the released code, over all positions
-    of the array, zeros of the padding included ("all"). (B, T) -> (B, T). The paper has none."""
+    """Shifts and scales to mean 0 and variance 1, which the paper does not: over the response positions ("responses"),
+    or over the whole array ("all"), zeros of the padding included, as the released code does. (B, T) -> (B, T)"""
     if kind == "none":
         return values
     counted = values if kind == "all" else values[response_mask]
@@ -133,10 +134,10 @@ def single_step_loss(kl: Tensor, weight: Tensor) -> Tensor:
 
 def long_term_loss(student_logp: Tensor, behaviour_logp: Tensor, R: Tensor, weight: Tensor,
                    clip_eps: float) -> tuple[Tensor, Tensor]:
-    """L_Long at each position, as Algorithm 1 clips it, and where the clipping bites. (B, T)
+    """L_Long at each position, clipped as in Algorithm 1, and where the clipping bites. (B, T) each.
 
-    The ratio q(y_t) / p~(y_t) is w_t of Eq. (5) and rho_t of Algorithm 1 in one: its gradient is w_t grad log q.
-    Not min(rho, clip(rho)) R as printed, which forgets that R may be negative, but PPO's lower bound."""
+    The ratio q(y_t) / p~(y_t) is both w_t of Eq. (5) and rho_t of Algorithm 1: its gradient is w_t grad log q. Not
+    min(rho, clip(rho)) R as printed, an upper bound where R is negative, but PPO's lower bound."""
     ratio, weighted = (student_logp - behaviour_logp).exp(), R * weight
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     return -torch.minimum(ratio * weighted, clipped * weighted), (clipped - ratio) * weighted < 0  # Alg. 1
@@ -147,8 +148,8 @@ def minillm_loss(student_logp: Tensor, kl: Tensor, old_logp: Tensor, mixed_logp:
                  clip_eps: float = 0.2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Eq. (7) at each position: L_Single, L_Long, the weight w_t, and where the clipping bites. (B, T) each.
 
-    student_logp (of the taken token) and kl (from reverse_kl) carry the gradient; old_logp and mixed_logp are log q and
-    log p~ as of sampling; R comes from future_reward."""
+    student_logp, of the token taken, and kl, from reverse_kl, carry the gradient; old_logp and mixed_logp are log q and
+    log p~ when it was sampled; R comes from future_reward."""
     of_single, of_long = importance_weights(student_logp, mixed_logp, response_mask, weight)
     loss_single = single_step_loss(kl, of_single if weight_single else torch.ones_like(of_single))
     behaviour_logp = old_logp if weight == "none" else mixed_logp
@@ -276,15 +277,15 @@ class Config:
         return self.test_data or self.data, "valid" if held_out else "test"
 
 
-# Appendix B.1; warm-up, weight decay and betas are the released scripts', for the paper does not name them.
+# Appendix B.1; warm-up, weight decay and betas are from the released scripts, as the paper does not name them.
 PAPER = dict(teacher="gpt2-xl", student="gpt2", data="dolly", corpus="openwebtext", baselines="", steps=5000, lr=5e-6,
              warmup_steps=100, pt_coef=1.0, max_prompt_tokens=256, max_tokens=512, eval_every=320, valid_limit=1000,
              select="rouge_l", turns=4, micro_batch=8, sample_batch=64, log_every=1, dtype="auto")
-# What the released code computes; README, "Where we differ".
+# What the released code computes; see "Where we differ" in the README.
 OFFICIAL = dict(gamma=0.95, return_from="current", whiten="all", reward_scale=2.0, reward_clip=100.0,
                 weight_single=False, normalize="token", pt_kd=0.5)
-# The supervised stages of the built-in world. One of very many right answers is the reference there, and Rouge-L with
-# it is chance: the last weights are kept, and phase 1's of the lowest loss.
+# The supervised stages of the built-in world. A reference there is one of very many right answers, and Rouge-L with it
+# is chance: the last weights are kept, and phase 1's of the lowest loss.
 TINY = dict(batch_size=64, log_every=200)
 TINY_TEACHER = TINY | dict(updates=800, lr=6e-3, batch_size=32, select="last", evals=1)
 TINY_INIT = TINY | dict(updates=1000, lr=1.2e-2, evals=4)
@@ -295,7 +296,7 @@ FREE = supervised.FREE | {"capture", "explain", "plan", "plan_pairs", "ignore_me
 
 
 def presets(given: dict) -> dict:
-    """What --preset, --recipe and --teacher imply; flags given win."""
+    """What flags given imply for those that are not."""
     preset = given.get("preset", "paper" if "teacher" in given else "tiny")
     implied = {"preset": preset} | (PAPER if preset == "paper" else {})
     implied |= OFFICIAL if given.get("recipe") == "official" else {}
@@ -317,7 +318,8 @@ def presets(given: dict) -> dict:
 
 def collect(cfg: Config, collection: int, mine: list[int], instructions: list[data.Example], student: GPT,
             teacher: GPT, m: Machine) -> Rollout:
-    """The answers `mine` of a collection's, each with prompt and draws of its own: S of Algorithm 1, or references."""
+    """The answers numbered `mine` of a collection, S of Algorithm 1, or references instead. Prompt and draws of an
+    answer depend on its number alone."""
     first, T = collection * cfg.rollouts, cfg.max_tokens - cfg.max_prompt_tokens
     chosen = data.picks(first, cfg.rollouts, len(instructions), cfg.seed)
     examples, student = [instructions[chosen[i]] for i in mine], frozen(student, m.dtype)
@@ -332,12 +334,12 @@ def collect(cfg: Config, collection: int, mine: list[int], instructions: list[da
 
 def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], R: Tensor, cfg: Config, m: Machine,
           backward: Callable | None = None) -> dict[str, Tensor]:
-    """Eq. (7) at each token of some rows of a rollout, row by row, (N,) each: "loss", of which `backward` takes sums
-    backward; "loss_single" and "loss_long", of which it is made; "weight", w_t; "clipped", where the clipping bites;
-    "gap", by how much log q(y_t) has changed since it was sampled; "student_logp", log q(y_t) now; "reverse_kl",
-    KL[q || p]. R (B, T), of all rows, may be whitened.
+    """Eq. (7) at each token of some rows of a rollout, row by row, (N,) each: "loss", whose sums `backward` takes
+    backward; "loss_single" and "loss_long", its parts; "weight", w_t; "clipped", where the clipping bites; "gap", how
+    far log q(y_t) has moved since it was sampled; "student_logp", log q(y_t) now; "reverse_kl", KL[q || p]. R (B, T) is
+    that of all rows, and may be whitened.
 
-    One pass of the student. The teacher's hidden states were kept, so it costs its output embedding and no layer."""
+    It takes one pass of the student, and of the teacher, whose last hidden states were kept, the output embedding."""
     prompts, answers = [rollout.prompts[r] for r in rows], [rollout.answers[r] for r in rows]
     tokens, response, mask = data.pad_right(prompts, answers, m.device)  # (b, S), (b, T), (b, T)
     row, t = mask.nonzero(as_tuple=True)
@@ -347,19 +349,19 @@ def score(student: GPT, teacher: GPT, rollout: Rollout, rows: list[int], R: Tens
 
     def terms(head: Tensor, hidden: Tensor, y: Tensor, teacher_hidden: Tensor, *of_rollout: Tensor) -> tuple:
         log_q = student.logits(hidden, head).log_softmax(-1)  # (chunk, V)
-        log_p = teacher.logits(teacher_hidden).log_softmax(-1)
+        log_p = teacher.logits(teacher_hidden).log_softmax(-1)  # (chunk, V)
         student_logp, single = taken(log_q, y), divergence(log_q, log_p, cfg.divergence)  # (chunk,) each
-        old_logp, mixed_logp, R = (values[None] for values in of_rollout)  # (1, chunk), as if it were one answer
-        loss_single, loss_long, weight, clipped = minillm_loss(
-            student_logp[None], single[None], old_logp, mixed_logp, R, torch.ones_like(R).bool(), cfg.weight,
-            cfg.weight_single, cfg.clip_eps)  # Eq. (7)
+        # minillm_loss has rows of answers: a chunk is one row, (1, chunk)
+        logp, kl, old_logp, mixed_logp, R = (values[None] for values in (student_logp, single, *of_rollout))
+        losses = minillm_loss(logp, kl, old_logp, mixed_logp, R, torch.ones_like(R).bool(), cfg.weight,
+                              cfg.weight_single, cfg.clip_eps)  # Eq. (7)
+        loss_single, loss_long, weight, clipped = (values[0] for values in losses)  # (chunk,) each
         loss_single, loss_long = cfg.single_step * loss_single, cfg.long_term * loss_long
-        loss = loss_single + loss_long
+        gap = (student_logp - old_logp[0]).abs()
         kl = single if cfg.divergence == "reverse" else reverse_kl(log_q.detach(), log_p)
-        gap = (student_logp - old_logp).abs()
-        return *(values[0] for values in (loss, loss_single, loss_long, weight, clipped, gap)), student_logp, kl
+        return loss_single + loss_long, loss_single, loss_long, weight, clipped, gap, student_logp, kl
 
-    # these weigh a token by its whole answer, which then is a chunk
+    # weights that are products over an answer need the whole of it in one chunk
     chunk = [len(answer) for answer in answers] if cfg.weight in ("product", "exact") else m.vocab_chunk
     with m.autocast():
         hidden = student(tokens, where=predicting(prompts, mask))  # (N, D)
@@ -375,31 +377,32 @@ def accumulate(micro_batch: int, student: GPT, teacher: GPT, rollout: Rollout, r
                scaler: torch.amp.GradScaler) -> tuple[dict, Tensor]:
     """Adds to the student's gradient that of Eq. (7) over some rows of a rollout, and that of L_PT over pieces of plain
     text, `micro_batch` at a time. Returns the sums over tokens of what is logged, and the largest weight."""
-    sums = dict.fromkeys(("loss_single", "loss_long", "loss_pt", "reverse_kl", "weight", "clipped", "gap"), 0.0)
     weight_max = torch.zeros((), device=m.device)
+    sums = dict.fromkeys(("loss_single", "loss_long", "loss_pt", "reverse_kl", "weight", "clipped", "gap"), weight_max)
     backward = lambda loss: scaler.scale(loss / divisor).backward()
     pt_backward = lambda loss: scaler.scale(cfg.pt_coef * loss / pt_divisor).backward()
     for at in range(0, len(rows), micro_batch):
         tokens = score(student, teacher, rollout, rows[at : at + micro_batch], R, cfg, m, backward)
-        sums |= {name: sums[name] + tokens[name].sum() for name in sums if name != "loss_pt"}
+        sums |= {name: total + tokens[name].sum() for name, total in sums.items() if name in tokens}
         weight_max = torch.maximum(weight_max, tokens["weight"].max())
+    judge = teacher if cfg.pt_kd else None
     for at in range(0, len(pieces), micro_batch):
-        micro, judge = pieces[at : at + micro_batch], teacher if cfg.pt_kd else None
-        _, loss = supervised.answer_loss(student, micro, m, judge, cfg.pt_kd, pt_backward)  # L_PT
-        sums["loss_pt"] = sums["loss_pt"] + loss
+        _, loss = supervised.answer_loss(student, pieces[at : at + micro_batch], m, judge, cfg.pt_kd, pt_backward)
+        sums["loss_pt"] = sums["loss_pt"] + loss  # not +=, in place: the sums begin as one tensor
     return sums, weight_max
 
 
 def minibatches(rollouts: int, minibatch: int, seed: tuple[int, ...]) -> list[list[int]]:
-    """One inner epoch: every answer once, and in each minibatch one of every column i % minibatch. A process owns
-    columns, so it has its share of each minibatch, and the minibatches are the same for any number of processes."""
+    """The minibatches of one inner epoch, in which each answer stands once. A minibatch has one answer i of each column
+    i % minibatch, and a process owns whole columns: the minibatches are the same for any number of processes."""
     columns = np.arange(rollouts).reshape(-1, minibatch)
     return np.random.default_rng(seed).permuted(columns, axis=0).tolist()
 
 
 def distil(cfg: Config, stop: Stop | None = None) -> dict:
-    """Phase 2: the student, phase 1 behind it, learns from the teacher. The result is a model folder, OUT/minillm.
-    Asked to stop, it learns from the answers at hand first: a state holds no answers."""
+    """Phase 2: the student, after phase 1, learns from the teacher. The result is a model folder, OUT/minillm.
+
+    Asked to stop, it first learns from the answers that it has sampled: they are not saved."""
     m, out = machine(cfg.device, cfg.dtype, cfg.vocab_chunk, cfg.capture), Path(cfg.out) / "minillm"
 
     # 1 what is there already
@@ -410,18 +413,18 @@ def distil(cfg: Config, stop: Stop | None = None) -> dict:
     tokenizer, limits = data.load_tokenizer(cfg.student), (cfg.max_prompt_tokens, cfg.max_tokens)
     instructions = data.load_examples(cfg.data, "train", tokenizer, *limits, m.say)
     valid = data.load_examples(cfg.data, "valid", tokenizer, *limits, m.say)[: cfg.valid_limit]
-    corpus = data.load_corpus(cfg.corpus, tokenizer, out.parent / "corpus", m) if cfg.pt_coef else None
-    corpus = data.Pieces(corpus, cfg.max_tokens) if cfg.pt_coef else []
-    # load() leaves dropout off, and so it stays: log q is to be that of sampling. The released code does likewise
+    corpus = []
+    if cfg.pt_coef:
+        corpus = data.Pieces(data.load_corpus(cfg.corpus, tokenizer, out.parent / "corpus", m), cfg.max_tokens)
+    # load() leaves dropout off, and it stays off, as in the released code: log q must be that of sampling
     student = trained(load(cfg.student, m.device), cfg.recompute, cfg.compile)
     teacher = frozen(load(cfg.teacher, m.device), m.dtype)
     same_vocabulary(student.config, teacher.config)
     optimizer, scaler = supervised.optimizer_of(student, m, (0.9, 0.95), cfg.weight_decay)
     step, best = supervised.load_state(out, cfg, student, optimizer, scaler, m)
-    answer_tokens = cfg.max_tokens - cfg.max_prompt_tokens
     mine = [i for i in range(cfg.rollouts) if i % cfg.minibatch % m.world == m.rank]  # the answers of this process
-    place = {i: n for n, i in enumerate(mine)}  # which row of its rollout they are
-    began, first, validated = time.perf_counter(), step, step if best else -1  # a state is saved once it is validated
+    row_of = {i: row for row, i in enumerate(mine)}  # in its rollout
+    began, first, validated = time.perf_counter(), step, step if best else -1  # a state is validated, then saved
     micro_batch = cfg.micro_batch  # less once memory did not suffice
 
     while True:
@@ -440,45 +443,46 @@ def distil(cfg: Config, stop: Stop | None = None) -> dict:
                 write_lines(out / "samples.jsonl", answers)
                 supervised.save_state(out, student, optimizer, scaler, step, best)
         if step == cfg.steps:
-            break
+            return supervised.finish(out, m, {"best": best})
         if stop and stop.asked(m):
             if m.rank == 0:
                 supervised.save_state(out, student, optimizer, scaler, step, best)
             m.barrier()  # saved, before any process ends
             raise Stopped(stop.signum, f"{out}: stopped and saved after update {step}; --resume goes on")
 
-        # 4 sample answers from the mixture p~: S of Algorithm 1
+        # 4 Alg. 1: sample answers from the mixture p~ to prompts of D; they are S
         started, collection = time.perf_counter(), step * cfg.minibatch // (cfg.rollouts * cfg.inner_epochs)
         rollout = collect(cfg, collection, mine, instructions, student, teacher, m)
 
-        # 5 the reward of each token and of what follows it, known to every process
-        r = token_reward(rollout.teacher_logp, rollout.student_logp, cfg.reward_scale, cfg.reward_clip)  # Eq. (2)
-        reward, R, mask, ended = torch.zeros(4, cfg.rollouts, answer_tokens, device=m.device)  # (rollouts, T) each
+        # 5 the reward of each token and of those that follow it, known to every process
+        reward, mask = torch.zeros(2, cfg.rollouts, cfg.max_tokens - cfg.max_prompt_tokens, device=m.device)
+        ended = torch.zeros(cfg.rollouts, device=m.device)
+        r = token_reward(rollout.teacher_logp, rollout.student_logp, cfg.reward_scale, cfg.reward_clip)
         reward[mine], mask[mine] = r * rollout.response_mask, rollout.response_mask.float()
-        R[mine] = future_reward(reward[mine], rollout.response_mask, cfg.gamma, cfg.length_norm, cfg.return_from)
-        ended[mine, 0] = rollout.ended.float()
-        m.sum(reward, R, mask, ended)
-        lengths, mask = mask.sum(1).tolist(), mask.bool()
+        ended[mine] = rollout.ended.float()
+        m.sum(reward, mask, ended)
+        mask = mask.bool()  # (rollouts, T), as reward and R
+        R = future_reward(reward, mask, cfg.gamma, cfg.length_norm, cfg.return_from)
         sample_seconds = time.perf_counter() - started
 
-        # 6 inner epochs over the answers
-        seeds = [(cfg.seed, collection, epoch) for epoch in range(cfg.inner_epochs)]
-        batches = [batch for seed in seeds for batch in minibatches(cfg.rollouts, cfg.minibatch, seed)]
+        # 6 Alg. 1: the inner epochs over S, an update for each minibatch
+        batches = [batch for epoch in range(cfg.inner_epochs)
+                   for batch in minibatches(cfg.rollouts, cfg.minibatch, (cfg.seed, collection, epoch))]
         for number, batch in enumerate(batches[: cfg.steps - step]):
-            started, tokens, whitened = time.perf_counter(), sum(lengths[i] for i in batch), torch.zeros_like(R)
+            started, whitened = time.perf_counter(), torch.zeros_like(R)
             whitened[batch] = whiten(R[batch], mask[batch], cfg.whiten)
-            whitened = whitened[mine]
-            # one normaliser for the whole minibatch, however it is split: its tokens, of all processes, not the M of
-            # Algorithm 1, under which a piece of D_PT outweighs an answer by being longer
-            by_token = cfg.normalize == "token"
-            divisor = tokens if by_token else cfg.minibatch
-            pt_divisor = cfg.minibatch * (corpus.length - 1 if by_token and corpus else 1)
-            rows = [place[i] for i in sorted((i for i in batch if i in place), key=lambda i: -lengths[i])]
+            rows = sorted((row_of[i] for i in batch if i in row_of), key=lambda row: -len(rollout.answers[row]))
             pieces = data.picks(step * cfg.minibatch, cfg.minibatch, len(corpus), cfg.seed) if corpus else []
             pieces = [corpus[i] for i in pieces[m.rank :: m.world]]
-            parts = (student, teacher, rollout, rows, whitened, pieces, divisor, pt_divisor, cfg, m, scaler)
-            (sums, weight_max), micro_batch = supervised.fitting(accumulate, micro_batch, student, *parts)
-            totals = torch.stack([torch.as_tensor(value, device=m.device).float() for value in sums.values()])
+            # one normaliser for the whole minibatch, however it is split: the tokens of all processes. Not the M of
+            # Algorithm 1, under which a piece of D_PT would outweigh an answer by being longer
+            tokens, by_token = mask[batch].sum().item(), cfg.normalize == "token"
+            divisor = tokens if by_token else cfg.minibatch
+            pt_divisor = cfg.minibatch * (corpus.length - 1 if by_token and corpus else 1)
+            (sums, weight_max), micro_batch = supervised.fitting(
+                accumulate, micro_batch, student, student, teacher, rollout, rows, whitened[mine], pieces, divisor,
+                pt_divisor, cfg, m, scaler)
+            totals = torch.stack([*sums.values()])
             m.sum(totals)
             m.max(weight_max)
             sums = dict(zip(sums, totals.tolist()))
@@ -498,7 +502,7 @@ def distil(cfg: Config, stop: Stop | None = None) -> dict:
                     "reverse_kl": sums["reverse_kl"] / cfg.minibatch,
                     "reward": reward[batch].sum().item() / cfg.minibatch, "weight_mean": sums["weight"] / tokens,
                     "weight_max": weight_max.item(), "clip_fraction": sums["clipped"] / tokens,
-                    "response_tokens": tokens / cfg.minibatch, "ended_fraction": ended[batch, 0].mean().item(),
+                    "response_tokens": tokens / cfg.minibatch, "ended_fraction": ended[batch].mean().item(),
                     "logp_gap": sums["gap"] / tokens if number == 0 else None,
                     "grad_norm": norm if math.isfinite(norm) else None, "lr": lr,
                     "sample_seconds": sample_seconds if number == 0 else 0.0,
@@ -509,12 +513,11 @@ def distil(cfg: Config, stop: Stop | None = None) -> dict:
                 m.say(f"minillm {step}/{cfg.steps}  reverse_kl {line['reverse_kl']:.3f}  reward {line['reward']:.3f}  "
                       f"loss_pt {line['loss_pt']:.3f}  clip {line['clip_fraction']:.3f}  tokens "
                       f"{line['response_tokens']:.1f}  norm {norm:.2f}  left {clock(left)}")
-        rollout = parts = None  # the teacher's states are the largest of a collection: there is one at a time
-    return supervised.finish(out, m, {"best": best})
+        rollout = None  # its teacher's states, the largest of a collection, go before the next are made
 
 
 def columns(cfg: Config) -> dict[str, tuple[str, str]]:
-    """Of --explain: the equation of each column, and what it is under these settings."""
+    """The columns of --explain: for each its equation, and what it holds under these settings."""
     now, off = cfg.return_from == "current", ", switched off"
     r = "log p - log q" + f", times {cfg.reward_scale:g}" * (cfg.reward_scale != 1)
     r += f", clipped at {cfg.reward_clip:g}" * (cfg.reward_clip < math.inf)
@@ -524,10 +527,10 @@ def columns(cfg: Config) -> dict[str, tuple[str, str]]:
          "none": "1: there are no weights"}[cfg.weight]
     single = "KL" if cfg.divergence == "reverse" else f"{cfg.divergence} divergence"
     rho = "q / q as of then" if cfg.weight == "none" else "q / p~"
+    long = f"-min(rho R, clip(rho) R), rho = {rho}" + ", and a weight" * ("product" in w)
     drawn_from = {"gold": "the student's as of then: this answer is a reference",
                   "mixed": "the mixture's, from which it was drawn"}
     drawn_from = drawn_from.get(cfg.source, f"the {cfg.source}'s alone, from which it was drawn")
-    long = f"-min(rho R, clip(rho) R), rho = {rho}" + ", and a weight" * ("product" in w)
     return {"log q": ("", "the student's log-probability of the token taken"), "log p": ("", "the teacher's"),
             "log p~": ("(4)" * (cfg.source == "mixed"), drawn_from), "r_t": ("(2)", r),
             "KL": ("(3)", "KL[q || p] over the vocabulary, or -E[r_t]"),
@@ -537,8 +540,8 @@ def columns(cfg: Config) -> dict[str, tuple[str, str]]:
 
 
 def explain(cfg: Config) -> None:
-    """Phase 2's very first update, token by token, for the first of its answers: with the same seeds, and by the same
-    functions. Nothing is trained or written."""
+    """Phase 2's first update, token by token for the first of its answers, by the functions and from the seeds of
+    training. Nothing is trained or written."""
     m, limits = machine(cfg.device, cfg.dtype, cfg.vocab_chunk), (cfg.max_prompt_tokens, cfg.max_tokens)
     tokenizer = data.load_tokenizer(cfg.student)
     instructions = data.load_examples(cfg.data, "train", tokenizer, *limits, m.say)
@@ -547,29 +550,29 @@ def explain(cfg: Config) -> None:
     rollout = collect(cfg, 0, list(range(cfg.rollouts)), instructions, student, teacher, m)
     mask = rollout.response_mask
     r = token_reward(rollout.teacher_logp, rollout.student_logp, cfg.reward_scale, cfg.reward_clip) * mask
+    R = future_reward(r, mask, cfg.gamma, cfg.length_norm, cfg.return_from)
     batch = minibatches(cfg.rollouts, cfg.minibatch, (cfg.seed, 0, 0))[0]
-    R, one = future_reward(r, mask, cfg.gamma, cfg.length_norm, cfg.return_from), batch[0]
-    R[batch] = whiten(R[batch], mask[batch], cfg.whiten)
+    R[batch], one = whiten(R[batch], mask[batch], cfg.whiten), batch[0]
     with torch.no_grad():
         by_token = score(student, teacher, rollout, [one], R, cfg, m)
     values = (by_token["student_logp"], rollout.teacher_logp[one], rollout.mixed_logp[one], r[one],
               by_token["reverse_kl"], R[one], by_token["weight"], by_token["loss_single"],
-              by_token["loss_long"])  # (T,) each
+              by_token["loss_long"])  # (T,) each, in the order of columns()
     row = instructions[data.picks(0, cfg.rollouts, len(instructions), cfg.seed)[one]].row
     m.say(f"\n{row.instruction}" + f" | {row.input}" * bool(row.input)
           + f"\n{data.decode(tokenizer, rollout.answers[one])}\n")
     shown = columns(cfg)
-    for first, heads in (("", shown), ("Eq.", (equation for equation, _ in shown.values()))):
-        m.say(f"{first:>14}" + "".join(f"{head:>10}" for head in heads))
+    line = lambda head, cells, tail="": m.say(f"{head:>14}" + "".join(f"{cell:>10}" for cell in cells) + tail)
+    line("", shown)
+    line("Eq.", (equation for equation, _ in shown.values()))
     for t, token in enumerate(rollout.answers[one]):
-        word, clipped = repr(tokenizer.decode([token]))[1:-1], "  clipped" * by_token["clipped"][t]
-        m.say(f"{word:>14}" + "".join(f"{value[t].item():10.4f}" for value in values) + clipped)
-    tokens = sum(len(rollout.answers[i]) for i in batch)
-    divisor = f"{tokens} tokens" if cfg.normalize == "token" else f"{cfg.minibatch} answers"
-    sums = (f"{value.sum().item():.4f}" * (name[0] not in "Rw") for name, value in zip(shown, values))
-    m.say(f"{'sum':>14}" + "".join(f"{text:>10}" for text in sums) + "\n")
+        line(repr(tokenizer.decode([token]))[1:-1], (f"{value[t].item():.4f}" for value in values),
+             "  clipped" * by_token["clipped"][t])
+    line("sum", (f"{value.sum().item():.4f}" * (name[0] not in "Rw") for name, value in zip(shown, values)), "\n")
     for name, (_, meaning) in shown.items():
         m.say(f"{name:>14}  {meaning}")
+    tokens = sum(len(rollout.answers[i]) for i in batch)
+    divisor = f"{tokens} tokens" if cfg.normalize == "token" else f"{cfg.minibatch} answers"
     m.say(f"\nAn update divides the sums of both losses over its {cfg.minibatch} answers by their {divisor}, and adds "
           f"{cfg.pt_coef:g} L_PT" + f", of which a share of {cfg.pt_kd:g} is KL[p || q]" * (cfg.pt_kd > 0) + ".")
 
@@ -580,7 +583,7 @@ AS_RELEASED = {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"}
 
 
 def is_raw(name: str, choice: str) -> bool:
-    """Whether a model has yet to learn to follow instructions: a new one, or GPT-2 as it was released."""
+    """Whether a model has yet to learn to follow instructions: one that is new, or GPT-2 as released."""
     return choice == "yes" or (choice == "auto" and (is_shape(name) or Path(name).name in AS_RELEASED))
 
 
@@ -629,7 +632,7 @@ def answer_once(cfg: sampling.Config) -> None:
     made_with = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE | {"batch_size"}}
     made_with["checksum"] = checksum(cfg.model)
     there = answers.is_file()
-    if there and (not beside.is_file() or made_with | read_json(beside) != made_with):  # older ones lack the last
+    if there and (not beside.is_file() or made_with | read_json(beside) != made_with):  # older ones lack the checksum
         raise UserError(f"{answers} was made with another teacher, seed or length: choose another --out, or remove it")
     m.barrier()  # all have looked before one writes
     if not there:
@@ -687,19 +690,19 @@ def run_stages(cfg: Config) -> list[dict]:
     for method, model in made.items():
         scores = evaluation.main(evaluation.Config(
             model=model, data=test, split=split, teacher=cfg.teacher, seeds=cfg.eval_seeds,
-            out=str(out / "test" / method),
-            max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_tokens - cfg.max_prompt_tokens,
-            batch_size=cfg.sample_batch, capture=cfg.capture, device=cfg.device, dtype=cfg.dtype), own=True)["scores"]
+            out=str(out / "test" / method), max_prompt_tokens=cfg.max_prompt_tokens,
+            max_response_tokens=cfg.max_tokens - cfg.max_prompt_tokens, batch_size=cfg.sample_batch,
+            capture=cfg.capture, device=cfg.device, dtype=cfg.dtype), own=True)["scores"]
         spread = {name: float(np.std(values, ddof=1)) for name, values in scores.items() if len(values) > 1}
         means = {name: float(np.mean(values)) for name, values in scores.items()}
         rows.append({"method": method} | means | {"std": spread})
     if m.rank == 0:
         write_json(out / "results.json", rows)
-    columns = ("valid", "distinct", "rouge_l", "reverse_kl", "forward_kl", "loss", "tokens")
-    columns = [name for name in columns if name in rows[0]]
-    m.say(f"\n{'method':10}" + "".join(f"{name:>12}" for name in columns))
+    shown = ("valid", "distinct", "rouge_l", "reverse_kl", "forward_kl", "loss", "tokens")
+    shown = [name for name in shown if name in rows[0]]
+    m.say(f"\n{'method':10}" + "".join(f"{name:>12}" for name in shown))
     for row in rows:
-        m.say(f"{row['method']:10}" + "".join(f"{row[name]:12.3f}" for name in columns))
+        m.say(f"{row['method']:10}" + "".join(f"{row[name]:12.3f}" for name in shown))
     m.say(f"written to {out / 'results.json'}; the student is {out / 'minillm'}")
     return rows
 
