@@ -1,7 +1,7 @@
 """Supervised training: the teacher p, the student's phase 1, and the baselines SFT, KD and SeqKD.
 
-Paper:    arXiv 2306.08543v4, Section 3.1 and Appendix B.1 (recipes by size), and phase 1 of Algorithm 1. What a run is
-          resumed from is written here too, for distill.py as well.
+Paper:    arXiv 2306.08543v4, Section 3.1, Appendix B.1 (recipes by size), and phase 1 of Algorithm 1. The optimizer's
+          step, and what a run is resumed from, are here for distill.py too.
 Run:      python teacher.py --model=gpt2-xl --out=out/teacher                                the teacher; SFT likewise
           python teacher.py --model=gpt2 --select=loss --epochs=3 --out=out/init             phase 1 of the student
           python teacher.py --model=gpt2 --teacher=out/teacher --out=out/kd                  KD
@@ -120,26 +120,26 @@ class Config:
                             "whose last pieces validate")
 
 
-# Appendix B.1 gives grids and the released scripts what was chosen: (parameters up to, learning rate, epochs).
+# (parameters up to, learning rate, epochs): what the released scripts chose from Appendix B.1's grids
 RECIPES = ((200e6, 5e-4, 20), (600e6, 1e-4, 20), (1.3e9, 1e-4, 10), (math.inf, 5e-5, 10))
-# Flags that change no result but by rounding and the draws of dropout: a run may be resumed, or found finished, with
-# others.
+# Flags that change no result but by rounding and dropout's draws: a run may be resumed with others, or found finished.
 FREE = {"resume", "device", "log_every", "micro_batch", "sample_batch", "vocab_chunk", "recompute", "compile", "out"}
 
 
 def schedule(cfg: Config, config: GPTConfig, rows: int) -> tuple[int, int, float]:
-    """(updates, validations, peak learning rate): the flags', and where they are silent those of RECIPES."""
+    """(updates, validations, peak learning rate) by the flags, and where those are silent by RECIPES."""
     _, lr, epochs = next(recipe for recipe in RECIPES if config.parameters <= recipe[0])
     epochs = cfg.epochs or epochs
     updates = cfg.updates or math.ceil(epochs * rows / cfg.batch_size)
-    return updates, min(updates, cfg.evals or (10 if cfg.updates else epochs)), lr if cfg.lr is None else cfg.lr
+    evals = cfg.evals or (10 if cfg.updates else epochs)
+    return updates, min(updates, evals), lr if cfg.lr is None else cfg.lr
 
 
 def answer_loss(model: GPT, batch: Sequence[Example], m: Machine, teacher: GPT | None = None, kd_ratio: float = 0.0,
                 backward: Callable | None = None) -> tuple[Tensor, Tensor]:
-    """Sums over the response tokens of a batch, end tokens included: of -log q(y_t), and of the loss to train with,
-    (1 - kd_ratio) (-log q(y_t)) + kd_ratio KL[p || q]. `backward`, if given, takes sums of that loss backward,
-    divided by what the whole batch has, of which this may be a part; the results have no gradients then."""
+    """Two sums over the response tokens of a batch, end tokens included: of -log q(y_t), and of the loss to train with,
+    (1 - kd_ratio) (-log q(y_t)) + kd_ratio KL[p || q]. `backward`, if given, is called with sums of that loss over a
+    chunk of tokens and takes them backward; the results have no gradients then."""
     tokens, response, mask = data.pad_right([e.prompt for e in batch], [e.response for e in batch], m.device)
     where = predicting([e.prompt for e in batch], mask)
 
@@ -165,7 +165,7 @@ def answer_loss(model: GPT, batch: Sequence[Example], m: Machine, teacher: GPT |
 
 def accumulate(micro_batch: int, batch: Sequence[Example], count: int, seed: int, model: GPT, teacher: GPT | None,
                cfg: Config, m: Machine, scaler: torch.amp.GradScaler) -> Tensor:
-    """Adds the gradient of a batch's loss, `micro_batch` samples at a time; both sums of answer_loss over `count`."""
+    """Adds the gradient of a batch's loss, `micro_batch` samples at a time. Returns answer_loss's sums over `count`."""
     torch.manual_seed(seed)
     totals, backward = torch.zeros(2, device=m.device), lambda loss: scaler.scale(loss / count).backward()
     for at in range(0, len(batch), micro_batch):
@@ -174,11 +174,11 @@ def accumulate(micro_batch: int, batch: Sequence[Example], count: int, seed: int
     return totals
 
 
-# ---- an update, and what is kept between updates: distill.py's too --------------------------------------------------
+# ---- an update, and what is kept between updates, here and in distill.py --------------------------------------------
 
 def optimizer_of(model: GPT, m: Machine, betas: tuple[float, float],
                  weight_decay: float) -> tuple[torch.optim.AdamW, torch.amp.GradScaler]:
-    """AdamW over all weights, and the scaling of the loss that float16 alone needs."""
+    """AdamW over all weights, and the scaling of the loss, which float16 alone needs."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=weight_decay, fused=True)
     return optimizer, torch.amp.GradScaler(m.device.type, enabled=m.dtype == torch.float16)
 
@@ -188,9 +188,10 @@ def apply_update(model: GPT, optimizer: torch.optim.AdamW, scaler: torch.amp.Gra
     """Sums the gradients of all processes, clips their norm, takes a step. Returns the norm before clipping.
 
     Raises UserError for a gradient that is not finite; in float16 the scaler skips the step and scales down instead."""
-    scaler.scale(torch.zeros((), device=m.device))  # a process without a row of this batch has not scaled a loss yet,
+    # a process to which no row of this batch fell has no gradients, and has not made the scaler begin
+    scaler.scale(torch.zeros((), device=m.device))
     for p in model.parameters():
-        if p.grad is None:  # nor has it gradients
+        if p.grad is None:
             p.grad = torch.zeros_like(p)
     m.sum(*(p.grad for p in model.parameters()))
     scaler.unscale_(optimizer)
@@ -206,15 +207,15 @@ def apply_update(model: GPT, optimizer: torch.optim.AdamW, scaler: torch.amp.Gra
 
 
 def fitting(function: Callable, micro_batch: int, model: GPT, *rest) -> tuple:
-    """function(micro_batch, *rest), which fills the gradients of a model; begun anew with half the micro-batch for as
-    long as the GPU's memory does not suffice. Returns its result, and the micro-batch that did."""
+    """function(micro_batch, *rest), which adds to a model's gradients; begun anew with half the micro-batch as long as
+    the GPU's memory does not suffice. Returns its result, and the micro-batch that fitted."""
     while True:
         try:
             return function(micro_batch, *rest), micro_batch
         except torch.cuda.OutOfMemoryError:
             if micro_batch == 1:
                 raise
-        model.zero_grad(set_to_none=True)  # behind the handler, which holds on to the failed pass's tensors
+        model.zero_grad(set_to_none=True)  # after the handler, in which the failed pass still holds its tensors
         torch.cuda.empty_cache()
         print(f"out of memory: --micro_batch={micro_batch} is {micro_batch // 2} from here on; the batch is the same")
         micro_batch //= 2
@@ -230,20 +231,22 @@ def begin(out: Path, cfg, free: set[str], m: Machine) -> bool:
 
 
 def is_finished(out: Path, cfg, free: set[str]) -> bool:
-    """Whether there is a finished run of these settings in the folder, but for the `free` ones.
+    """Whether the folder holds a finished run of these settings, the `free` ones aside.
 
-    Raises UserError if the folder is something else's, was made with other flags or files, or holds an unfinished run
-    and --resume is not given."""
+    Raises UserError if it holds something else, a run of other flags or files, or an unfinished one unless --resume is
+    given."""
     finished, begun = (out / "results.json").is_file(), (out / "run.json").is_file()
     if finished and (not begun or "given" in read_json(out / "results.json")):
         raise UserError(f"--out={out} holds results of something else: give a folder of its own")
     if begun:
         old = read_json(out / "run.json")
         for name, value in asdict(cfg).items():
-            if name not in free and name not in old:
+            if name in free:
+                continue
+            if name not in old:
                 raise UserError(f"{out} was made by `{old.get('command')}`, which has no --{name}: choose another "
                                 "--out")
-            if name not in free and old[name] != value:
+            if old[name] != value:
                 raise UserError(f"{out} was made with --{name}={old[name]}, now it is {value}: choose another --out, "
                                 "or remove that folder")
         for name, noted in old.get("checksums", {}).items():
@@ -256,12 +259,12 @@ def is_finished(out: Path, cfg, free: set[str]) -> bool:
 
 
 def save_state(out: Path, model: GPT, optimizer, scaler, step: int, best: dict | None) -> None:
-    """What a run is resumed from, and beside it the state before, should this one be damaged. Order, draws and dropout
-    are functions of seed and step; the step stands for them."""
+    """Writes what a run is resumed from, and keeps the state before, should this one be damaged. The step stands for
+    order, draws and dropout, which are functions of it and of the seed."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
              "step": step, "best": best}
     with written_aside(out / "state.pt") as aside:
-        with open(aside, "wb") as file:  # given a path, torch would not say that the disk is full
+        with open(aside, "wb") as file:  # given a path, torch does not say that the disk is full
             torch.save(state, file)
         if (out / "state.pt").is_file():
             os.replace(out / "state.pt", out / "state-before.pt")
@@ -270,8 +273,7 @@ def save_state(out: Path, model: GPT, optimizer, scaler, step: int, best: dict |
 def load_state(out: Path, cfg, model: GPT, optimizer, scaler, m: Machine) -> tuple[int, dict | None]:
     """(updates done, best validation so far) from state.pt; (0, None) without one. Now that all is loaded, notes the
     flags in run.json, and cuts log.jsonl back to where the run goes on."""
-    state = {"step": 0, "best": None}
-    logged = -1  # without a state even the lines of update 0 will be written again
+    step, best, logged = 0, None, -1  # without a state even the lines of update 0 will be written again
     path, before = out / "state.pt", out / "state-before.pt"
     if before.is_file() and not path.is_file():  # killed between two names
         path = before
@@ -283,7 +285,7 @@ def load_state(out: Path, cfg, model: GPT, optimizer, scaler, m: Machine) -> tup
             optimizer.load_state_dict(state["optimizer"])
             if state["scaler"]:  # empty unless it was float16
                 scaler.load_state_dict(state["scaler"])
-            logged, _ = state["step"], state["best"]
+            step, best, logged = state["step"], state["best"], state["step"]
         except (Stopped, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:  # pickle, zip and torch have one each for a broken file
@@ -295,16 +297,16 @@ def load_state(out: Path, cfg, model: GPT, optimizer, scaler, m: Machine) -> tup
         noted = {name: checksum(getattr(cfg, name, None)) for name in names}
         noted = {name: value for name, value in noted.items() if value is not None}
         write_json(out / "run.json", asdict(cfg) | {"command": command(), "checksums": noted})
-    if m.rank == 0 and (out / "log.jsonl").is_file():
-        lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True)
-        with written_aside(out / "log.jsonl") as aside:
-            aside.write_bytes(b"".join(line for line in lines if step_of(line) <= logged))
+        if (out / "log.jsonl").is_file():
+            lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True)
+            with written_aside(out / "log.jsonl") as aside:
+                aside.write_bytes(b"".join(line for line in lines if step_of(line) <= logged))
     m.barrier()
-    return state["step"], state["best"]
+    return step, best
 
 
 def step_of(line: bytes) -> float:
-    """The update that a line of log.jsonl is of; a line that was not written to its end is of none."""
+    """The update of a line of log.jsonl; infinity for a line that was not written to its end."""
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
     except (ValueError, LookupError, TypeError):
@@ -312,7 +314,7 @@ def step_of(line: bytes) -> float:
 
 
 def finish(out: Path, m: Machine, results: dict) -> dict:
-    """results.json marks a run as finished; its state is not needed any more."""
+    """Marks a run as finished, by results.json, and removes its state."""
     if m.rank == 0:
         write_json(out / "results.json", results)
         for name in ("state.pt", "state-before.pt"):
@@ -329,9 +331,9 @@ def log(out: Path, m: Machine, line: dict) -> None:
 
 def validate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Example], m: Machine, cfg,
              teacher: GPT | None = None) -> tuple[dict, list[dict]]:
-    """Held-out loss and, on instructions, the metrics of one answer to each prompt; always the same draws."""
+    """Held-out loss and, on instructions, the metrics of one answer to each prompt, always by the same draws."""
     scores = {"loss": held_out_loss(model, examples, m)}
-    if not math.isfinite(scores["loss"]):  # no other would ever be better than NaN
+    if not math.isfinite(scores["loss"]):  # beside NaN no later one would be better
         raise UserError(f"the validation loss is {scores['loss']}: lower --lr, or give --dtype=float32")
     if isinstance(examples, data.Pieces):
         return scores, []
