@@ -2,12 +2,13 @@
 
 Paper:    none; arXiv 2306.08543v4 gives neither minutes nor gigabytes for GPT-2.
 Run:      python distill.py --teacher=gpt2-xl --plan
-Left out: the download; that answers end before they are of full length, so the time to decode is an upper bound.
+Left out: downloads; that answers may end early, so the time to decode is an upper bound.
 """
 
 import gc
 import math
 import os
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from sample import sample, uniforms
 
 @dataclass(frozen=True)
 class Measured:
-    """What a width costs. A layer is the difference between models of two layers and of one; the rest is output."""
+    """What models of a width cost. A layer is what two layers take more than one; what is left of one is output."""
     layer: float  # seconds for one token, forward and backward
     output: float  # seconds for one predicted token, likewise
     layer_forward: float  # seconds for one token, forward only
@@ -39,7 +40,7 @@ class Measured:
         return samples * (tokens * layers * (self.layer + recompute * self.layer_forward) + predicted * self.output)
 
     def judge(self, layers: int, samples: float, tokens: float, predicted: float) -> float:
-        """The teacher's forward pass; a third of the output's time, which is forward and twice backward."""
+        """A forward pass: of the output a third of the time of training, whose way back takes two thirds."""
         return samples * (tokens * layers * self.layer_forward + predicted * self.output / 3)
 
     def step(self, layers: int) -> float:
@@ -50,7 +51,7 @@ class Measured:
 
 
 def measure(config: GPTConfig, m: Machine, rows: int, length: int, sample_batch: int) -> Measured:
-    """Times training steps on `rows` samples and decoding steps of `sample_batch` rows, at one layer and at two."""
+    """Times training steps on `rows` samples and decoding steps of `sample_batch` rows, with one layer and with two."""
     one, two = (measure_layers(replace(config, n_layer=layers), m, rows, length, sample_batch) for layers in (1, 2))
     layer = [max(b - a, 0.0) for a, b in zip(one, two)]
     rest = [max(2 * a - b, 0.0) for a, b in zip(one, two)]
@@ -60,9 +61,9 @@ def measure(config: GPTConfig, m: Machine, rows: int, length: int, sample_batch:
 
 
 def measure_layers(config: GPTConfig, m: Machine, rows: int, length: int, sample_batch: int) -> list[float]:
-    """Seconds of forward and backward, of forward alone, bytes of one sample's activations, seconds of a decoding step
-    and of AdamW. All but the first token are predicted: what a last layer saves behind a prompt would look like time
-    that the output does not take."""
+    """Seconds of forward and backward and of forward alone, bytes of one sample's activations, seconds of a decoding
+    step and of AdamW. All tokens but the first are predicted: a last layer skips those that predict nothing, which
+    would make the output look cheap."""
     draw = lambda count: np.random.default_rng(0).integers(0, config.vocab_size, count).tolist()
     batch = [Example(Row(""), draw(1), draw(length - 1))] * rows
     text = torch.tensor([draw(length)] * rows, device=m.device)
@@ -71,7 +72,7 @@ def measure_layers(config: GPTConfig, m: Machine, rows: int, length: int, sample
     alone = replace(m, rank=0, world=1, capture=False)
     steps, times = (32, 8) if m.device.type == "cuda" else (4, 2)  # a GPU's are short, and the host's noise is not
 
-    def kept(batch: list[Example]) -> int:
+    def kept(text: torch.Tensor) -> int:
         """Bytes that the forward pass keeps for the backward pass."""
         storages = {}
 
@@ -80,22 +81,19 @@ def measure_layers(config: GPTConfig, m: Machine, rows: int, length: int, sample
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), m.autocast():
-            model(data.pad_right([e.prompt for e in batch], [e.response for e in batch], m.device)[0])
+            model(text)
         return sum(storages.values())
 
-    def train() -> None:
-        supervised.answer_loss(model, batch, m, backward=lambda loss: scaler.scale(loss).backward())
-
-    @torch.no_grad()
     def forward() -> None:
         with m.autocast():
             light(text)
 
+    train = lambda: supervised.answer_loss(model, batch, m, backward=lambda loss: scaler.scale(loss).backward())
     decode = lambda length: sample(light, [draw(8)] * sample_batch, uniforms(0, range(sample_batch), length), alone,
                                    batch_size=sample_batch)
     seconds = lambda function: min(m.seconds(function) for _ in range(times))
     prefill = seconds(lambda: decode(1))
-    return [seconds(train), seconds(forward), kept([*batch, batch[0]]) - kept(batch),  # weights cancel
+    return [seconds(train), seconds(forward), kept(torch.cat([text, text[:1]])) - kept(text),  # weights cancel
             (seconds(lambda: decode(1 + steps)) - prefill) / steps,
             seconds(lambda: supervised.apply_update(model, optimizer, scaler, alone, 0.0, 1.0))]
 
@@ -116,7 +114,7 @@ def free_memory(m: Machine) -> int:
 # ---- bytes ----------------------------------------------------------------------------------------------------------
 
 def frozen_bytes(config: GPTConfig, m: Machine) -> int:
-    """A model for inference: matrices and output embedding in autocast's dtype, the rest in float32."""
+    """A model for inference: matrices and output embedding in autocast's dtype, all else in float32."""
     packed = PackedLinear.fits(config, m.device, m.dtype)
     if m.dtype == torch.float32:
         return 4 * (config.parameters + packed * config.vocab_size * config.n_embd)
@@ -126,8 +124,8 @@ def frozen_bytes(config: GPTConfig, m: Machine) -> int:
 
 def update_bytes(config: GPTConfig, cost: Measured, m: Machine, micro_batch: int, tokens: int,
                  recompute: bool) -> float:
-    """Activations of a micro-batch of the longest samples, or each layer's input and one layer's activations;
-    autocast's copies of the matrices, and five copies of one chunk's logits."""
+    """The activations of a micro-batch of the longest samples, or with `recompute` every layer's input and one layer's
+    activations; autocast's copies of the matrices; and five copies of one chunk's logits."""
     positions = micro_batch * tokens
     copies = 2 * config.parameters if m.dtype != torch.float32 else 0
     activations = positions * config.n_layer * cost.layer_bytes
@@ -137,7 +135,7 @@ def update_bytes(config: GPTConfig, cost: Measured, m: Machine, micro_batch: int
 
 
 def decode_bytes(configs: list[GPTConfig], m: Machine, rows: int, tokens: int) -> float:
-    """Caches, and for each row float32 log-probabilities and a float64 distribution function over the vocabulary."""
+    """Key-value caches, and 40 bytes a row and word of the vocabulary: float32 log-probabilities, a float64 CDF."""
     size = 4 if m.device.type == "cpu" else m.dtype.itemsize
     caches = sum(2 * config.n_layer * config.n_embd * rows * tokens * size for config in configs)
     return caches + 40 * rows * configs[0].vocab_size
@@ -155,9 +153,10 @@ class Line:
 
 
 class Draft:
-    """The plan of a run: shapes of models that may not exist yet, lengths of the data, measured costs.
+    """The plan of a run: the shapes of models that may not exist yet, the lengths of the data, the measured costs.
 
-    cfg is distill.py's, work what its stages() returned."""
+    cfg is distill.py's, and work is what its stages() returned. Raises UserError now for what a later stage would
+    stumble over."""
 
     def __init__(self, cfg, work: list, m: Machine):
         self.cfg, self.work, self.m, self.costs = cfg, work, m, {}
@@ -166,7 +165,14 @@ class Draft:
         self.origin = {settings.out: settings.model for _, _, settings in work}
         first = self.root(cfg.student)
         self.tokenizer = data.tokenizer_for(cfg.data) if is_shape(first) else data.load_tokenizer(first)
-        self.check()
+        student, teacher = self.config(cfg.student), self.config(cfg.teacher)
+        same_vocabulary(student, teacher)
+        room = min(student.n_positions, teacher.n_positions)
+        if cfg.max_tokens > room:
+            raise UserError(f"--max_tokens={cfg.max_tokens} is more than these models' {room} positions; "
+                            "--preset=tiny has lengths for the built-in world")
+        if cfg.pt_coef:
+            data.text_files(cfg.corpus)
         examples = data.load_examples(cfg.data, "train", self.tokenizer, cfg.max_prompt_tokens, cfg.max_tokens,
                                       lambda *words: None)
         self.rows, self.longest = len(examples), cfg.max_tokens - cfg.max_prompt_tokens
@@ -174,7 +180,7 @@ class Draft:
         self.tokens = self.answer_tokens + sum(len(e.prompt) for e in examples) / self.rows
 
     def root(self, name: str) -> str:
-        """The model from which a stage's result comes."""
+        """The model that a stage begins with, if this is the result of one."""
         while name in self.origin:
             name = self.origin[name]
         return name
@@ -183,17 +189,6 @@ class Draft:
         name = self.root(name)
         return new_config(name, self.tokenizer) if is_shape(name) else read_config(name)
 
-    def check(self) -> None:
-        """Raises UserError now for what a later stage would stumble over."""
-        student, teacher = self.config(self.cfg.student), self.config(self.cfg.teacher)
-        same_vocabulary(student, teacher)
-        room = min(student.n_positions, teacher.n_positions)
-        if self.cfg.max_tokens > room:
-            raise UserError(f"--max_tokens={self.cfg.max_tokens} is more than these models' {room} positions; "
-                            "--preset=tiny has lengths for the built-in world")
-        if self.cfg.pt_coef:
-            data.text_files(self.cfg.corpus)
-
     def shape(self, name: str) -> tuple[GPTConfig, Measured]:
         config, cfg = self.config(name), self.cfg
         slow = self.m.device.type == "cpu" and config.n_embd > 256
@@ -201,20 +196,20 @@ class Draft:
         while config.n_embd not in self.costs:
             try:
                 self.costs[config.n_embd] = measure(config, self.m, rows, max(2, round(self.tokens)), cfg.sample_batch)
-            except torch.cuda.OutOfMemoryError:  # so will the run do
+            except torch.cuda.OutOfMemoryError:  # the run will halve its micro-batch too
                 if rows == 1:
                     raise
-            rows = max(1, rows // 2)
+                rows //= 2
         return config, self.costs[config.n_embd]
 
     def decode(self, names: list[str], answers: float, together: int) -> float:
-        """Seconds to decode answers of full length with these models in step, `together` of them at a time, in as many
-        batches as that takes."""
+        """Seconds to decode answers of full length with these models in step: `together` of them are sampled at a time,
+        in as many batches as that takes."""
         batches = answers / together * math.ceil(together / self.m.world / self.cfg.sample_batch)
         return batches * self.longest * sum(cost.step(config.n_layer) for config, cost in map(self.shape, names))
 
     def take_turns(self, answers: float) -> float:
-        """Seconds to decode answers of full length by turns: what a model did not draw is read as in a forward pass."""
+        """Seconds to decode answers of full length by turns: each model reads what the other drew in a forward pass."""
         cfg, time, samples, world = self.cfg, 0.0, answers / self.m.world, self.m.world
         groups = cfg.turns // math.gcd(cfg.turns, world)  # of a process
         batches = groups * math.ceil(cfg.rollouts / world / groups / cfg.sample_batch) * answers / cfg.rollouts
@@ -225,8 +220,8 @@ class Draft:
         return time
 
     def compare(self, names: list[str], rows: int, times: float) -> float:
-        """Seconds to answer so many rows with the first of these models and, if there are two, to read the answers with
-        both; a number of times."""
+        """Seconds to answer so many rows with the first of these models, so many times, and to read the answers with
+        both if there are two."""
         passes = (cost.judge(config.n_layer, rows / self.m.world, self.cfg.max_tokens, self.longest)
                   for config, cost in map(self.shape, names) if len(names) > 1)
         return times * (self.decode(names[:1], rows, rows) + sum(passes))
@@ -246,7 +241,7 @@ class Draft:
         return Line(name, f"{s.model} on {s.data} at {lr:g}", updates, size, time)
 
     def sampling(self, name: str, s) -> Line:
-        config, _ = self.shape(s.model)
+        config = self.config(s.model)
         size = 4 * config.parameters + frozen_bytes(config, self.m)
         size += decode_bytes([config], self.m, s.batch_size, self.cfg.max_tokens)
         what = f"the teacher answers each of {self.rows:,} prompts"
@@ -277,12 +272,12 @@ class Draft:
         return Line("minillm", what, cfg.steps, size, time)
 
     def evaluation(self, models: int) -> Line:
-        cfg, m, (student, _), (judge, _) = self.cfg, self.m, self.shape(self.cfg.student), self.shape(self.cfg.teacher)
+        cfg, m, both = self.cfg, self.m, [self.cfg.student, self.cfg.teacher]
         rows, times = len(data.load_rows(*cfg.test_split)), cfg.eval_seeds * models
+        student, judge = (self.config(name) for name in both)
         size = 4 * student.parameters + frozen_bytes(student, m) + frozen_bytes(judge, m)
         size += decode_bytes([student, judge], m, cfg.sample_batch, cfg.max_tokens)
         what = f"{models} models, {cfg.eval_seeds} seeds: {rows * times:,} answers, and as many of the teacher"
-        both = [cfg.student, cfg.teacher]
         return Line("evaluate", what, 0, size, self.compare(both, rows, times) + self.compare(both[::-1], rows, times))
 
     def lines(self) -> list[Line]:
@@ -304,20 +299,16 @@ GPT2S = {"gpt2": GPTConfig(), "gpt2-medium": GPTConfig(24, 16, 1024), "gpt2-larg
          "gpt2-xl": GPTConfig(48, 25, 1600)}  # shapes as released
 
 
-def pairs(draft: Draft) -> list[tuple[str, str, list[Line]]]:
+def pairs(draft: Draft) -> Iterator[tuple[str, str, list[Line]]]:
     """Phase 2 for every GPT-2 with every teacher of its size or more, on 1, 2, 4 and 8 devices like this one."""
-    pairs = [(teacher, student) for student in GPT2S for teacher in GPT2S
-             if GPT2S[teacher].parameters >= GPT2S[student].parameters]
-    found = []
-    for teacher, student in pairs:
+    for teacher, student in [(t, s) for s in GPT2S for t in GPT2S if GPT2S[t].parameters >= GPT2S[s].parameters]:
         lines = []
         for world in (1, 2, 4, 8):
             one = copy(draft)  # which shares the costs measured
             one.cfg, one.m = replace(draft.cfg, teacher=teacher, student=student), replace(draft.m, world=world)
             one.config = GPT2S.__getitem__
             lines.append(one.minillm())
-        found.append((teacher, student, lines))
-    return found
+        yield teacher, student, lines
 
 
 def show_pairs(draft: Draft, m: Machine) -> None:
