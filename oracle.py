@@ -14,14 +14,14 @@ from torch import Tensor
 
 from config import check, flag, run
 from distill import OFFICIAL, future_reward, minillm_loss, reverse_kl, token_reward, whiten
-from sample import mix
+from sample import mix, taken
 
 V, T, END = 3, 3, 2  # two words and an end token; answers of three tokens at most
 PREFIXES = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)]  # each has a row of logits in a model's table
 
 
 def every_answer() -> tuple[Tensor, Tensor, Tensor]:
-    """response (N, T), response_mask (N, T), and the row of the table (N, T) from which each token is drawn."""
+    """response (N, T), response_mask (N, T), and the row of a model's table from which each token is drawn (N, T)."""
     answers = [[END], [0, END], [1, END], *([a, b, c] for a in range(2) for b in range(2) for c in range(V))]
     pad = lambda row: row + [0] * (T - len(row))
     mask = [[t < len(answer) for t in range(T)] for answer in answers]
@@ -35,7 +35,7 @@ RESPONSE, MASK, TABLE = every_answer()
 def logps(logits: Tensor) -> tuple[Tensor, Tensor]:
     """log-probabilities of any next token (N, T, V) and of the one taken (N, T), from a table of logits (7, V)."""
     logp_vocab = logits.log_softmax(-1)[TABLE]
-    return logp_vocab, logp_vocab.gather(-1, RESPONSE[..., None]).squeeze(-1) * MASK
+    return logp_vocab, taken(logp_vocab, RESPONSE) * MASK
 
 
 def exact_gradient(student: Tensor, teacher: Tensor) -> Tensor:
@@ -49,10 +49,10 @@ def answer_gradients(student: Tensor, teacher: Tensor, mix_alpha: float = 0.0, w
                      length_norm: bool = False, return_from: str = "next", gamma: float = 1.0,
                      reward_scale: float = 1.0, reward_clip: float = math.inf, whitening: str = "none",
                      baseline: float = 0.0, clip_eps: float = math.inf) -> tuple[Tensor, Tensor]:
-    """What distill.py makes of each answer: the probability with which it is sampled (N,), its gradient (N, 7 V). Of
-    the answer's tokens the sum, as in the equations: a mean over tokens is that but for a factor."""
+    """What distill.py makes of each answer: the probability with which it is sampled (N,), and its gradient (N, 7 V),
+    summed over its tokens as in the equations. (distill.py's mean over tokens differs by a factor.)"""
     (log_q_vocab, log_q), (log_p_vocab, log_p) = logps(student), logps(teacher)
-    mixed = mix(log_q_vocab, log_p_vocab, mix_alpha).gather(-1, RESPONSE[..., None]).squeeze(-1).detach() * MASK
+    mixed = taken(mix(log_q_vocab, log_p_vocab, mix_alpha), RESPONSE).detach() * MASK
     probability = mixed.sum(1).exp()
     reward = token_reward(log_p, log_q.detach(), reward_scale, reward_clip) * MASK
     R = (future_reward(reward, MASK, gamma, length_norm, return_from) - baseline) * MASK
@@ -90,8 +90,8 @@ ESTIMATORS = {
 
 
 def compare(settings: dict, toys: int, seed: int) -> tuple[float, float, float]:
-    """Means over toys of: the cosine of expected and exact gradient, their distance, and the standard deviation of the
-    estimate from one answer. The last two are in units of the exact gradient's norm."""
+    """Means over toys of the cosine of expected and exact gradient, of their distance, and of the standard deviation
+    of an estimate from one answer; the last two in units of the exact gradient's norm."""
     generator, figures = torch.Generator().manual_seed(seed), []
     for _ in range(toys):
         student, teacher = torch.randn(2, len(PREFIXES), V, generator=generator, dtype=torch.float64)
@@ -117,8 +117,7 @@ class Config:
 
 def main(cfg: Config) -> None:
     print(f"Expected gradient against that of KL[q || p], {len(RESPONSE)} answers enumerated, mean of {cfg.toys} toys")
-    print()
-    print(f"{'estimator':38}{'cosine':>10}{'error':>10}{'noise':>8}")
+    print(f"\n{'estimator':38}{'cosine':>10}{'error':>10}{'noise':>8}")
     for name, settings in ESTIMATORS.items():
         cosine, error, noise = compare(settings, cfg.toys, cfg.seed)
         print(f"{name:38}{cosine:10.6f}{error:10.1e}{noise:8.2f}")
