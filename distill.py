@@ -5,8 +5,7 @@ Paper:    arXiv 2306.08543v4, Section 2: Eqs. (1) to (7), except (4), which is i
 Run:      python distill.py                           the built-in world: no network, no GPU, about two minutes
           python distill.py --teacher=gpt2-xl         the paper's world, every stage, beginning with the released GPT-2
           python distill.py --teacher=MiniLLM/teacher-gpt2-1.5B --student=MiniLLM/init-gpt2-120M       phase 2 alone
-Shapes:   B answers, b of them in a micro-batch, T response tokens, N response tokens of several answers, D width,
-          V vocabulary.
+Shapes:   B answers, b in a micro-batch, T response tokens, N response tokens of several answers, D width, V vocabulary.
 Left out: a critic, a KL to the initial student, an entropy bonus (the paper has none); ZeRO, tensor parallelism.
 """
 
