@@ -12,9 +12,9 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import takewhile
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,7 @@ METRICS = ("valid", "distinct", "rouge_l", "reverse_kl", "forward_kl", "loss", "
            "tokens", "ended", "exact_match")
 METHODS = ("teacher", "init", "sft", "kd", "seqkd", "minillm")  # in the order of the paper's tables
 CURVES = ("reverse_kl", "reward", "valid", "rouge_l", "response_tokens", "clip_fraction", "weight_max", "loss_pt")
-# lines that can be told apart in grey, by their pattern
+# colour and pattern of a line; four in a row differ in the pattern, for those who see or print in grey
 STYLES = [(("#111111", "#b03a2e", "#2e6da4", "#6fa33a")[n % 4], ("-", "--", "-.", ":")[(n + n // 4) % 4])
           for n in range(16)]
 KEYS = {"instruction", "input", "references", "answer", "scores"}  # of a line of samples.jsonl
@@ -58,72 +58,63 @@ HATCHES = ("", "//", "..", "xx", "\\\\", "oo")
 
 @dataclass
 class Found:
-    """A file that a run has written; the model that it is about; and what it was made with."""
+    """A file that a run has written, the model and the set that it is about, and what it was made with."""
     kind: str  # "evaluation", "training", "exposure", "calibration" or "judge"
     path: Path
     model: str
+    data: str | None
     content: dict
     settings: dict
     name: str = ""
-
-    @property
-    def data(self) -> str | None:
-        return self.content.get("data")
 
 
 KINDS = {"results.json": "evaluation", "run.json": "training", "exposure.json": "exposure",
          "calibration.json": "calibration"}
 # settings that do not change what is measured, or only add to it
 UNCHANGED = {"out", "device", "batch_size", "capture", "dtype", "data", "model", "files"}
+LEFT_OUT = {"training": FREE | {"seed", "command", "bytes", "checksums"},
+            "evaluation": UNCHANGED | {"teacher", "corpus"}}
 
 
 def read(path: Path) -> Found | None:
-    """What a .json file holds that a report can show."""
+    """What a .json file holds that a report can show. A list, as distill.py's results.json is one, holds nothing."""
+    kind = "judge" if path.name.startswith("judge") else KINDS.get(path.name)
     try:
-        return read_known(path)
+        content = json.loads(path.read_text(encoding="utf-8")) if kind else None
+        return recognized(kind, path, content) if isinstance(content, dict) else None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path} is not JSON: remove it, and run again what wrote it") from None
     except (LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is not as the commands write it: remove it, or make it anew") from None
 
 
-def read_known(path: Path) -> Found | None:
-    kind = "judge" if path.name.startswith("judge") else KINDS.get(path.name)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if kind else None
-    except ValueError:
-        raise UserError(f"{path} is not JSON: remove it, and run again what wrote it") from None
-    if not isinstance(content, dict):  # distill.py's table of all is a list of the same name
-        return None
-    given = content if kind == "training" else content.get("given", {})
-    model = given.get("answers") if kind == "judge" else given.get("model")
+def recognized(kind: str, path: Path, content: dict) -> Found | None:
     if kind == "training":
-        model = f"{given['out']}/minillm" if "mix_alpha" in given else None
+        given = content
+        model = f"{given['out']}/minillm" if "mix_alpha" in given else None  # of phase 2 alone
+    else:
+        given = content.get("given", {})
+        model = given.get("answers" if kind == "judge" else "model")
     if model is None:
         return None
     if "command" not in content:
         raise UserError(f"{path} was made by an earlier version, and lacks what a report needs: make it anew")
     if kind == "judge":  # of the evaluation whose answers were judged, if it is one
-        folders = (Path(model) if Path(model).is_dir() else Path(model).parent, path.parent)
-        beside = (read_known(folder / "results.json") for folder in folders if (folder / "results.json").is_file())
-        if evaluated := next(filter(None, beside), None):
-            model = evaluated.model
-            content |= {name: evaluated.content[name] for name in ("data", "parameters")}
-            given = evaluated.settings | {name: value for name, value in given.items() if value is not None}
-        files = samples(given["answers"]), path.parent / "samples.jsonl"
+        files = samples(model), path.parent / "samples.jsonl"
         answers = next((file for file in files if file.is_file()), None)
         if answers and given.get("files") not in (None, checksum(answers)):
             raise UserError(f"{path} has marks of other answers than are in {answers} now: run judge.py again, or "
                             "remove it")
-    left_out = FREE | {"seed", "command", "bytes", "checksums"} if kind == "training" else UNCHANGED
-    left_out = left_out | ({"teacher", "corpus"} if kind == "evaluation" else set())
-    settings = {name: unseeded(value) for name, value in given.items() if name not in left_out}
+        beside = (file.parent / "results.json" for file in files)
+        if evaluated := next(filter(None, map(read, filter(Path.is_file, beside))), None):
+            model = evaluated.model
+            content |= {name: evaluated.content[name] for name in ("data", "parameters")}
+            given = evaluated.settings | {name: value for name, value in given.items() if value is not None}
+    settings = {name: re.sub(r"(^|/)seed-\d+(?=/)", "", value) if isinstance(value, str) else value
+                for name, value in given.items() if name not in LEFT_OUT.get(kind, UNCHANGED)}
     if kind == "evaluation":  # of the model, for the teacher only adds to what is measured
         settings["weights"] = given.get("weights", [None])[0]
-    return Found(kind, path, os.path.normpath(model), content, settings)
-
-
-def unseeded(value):
-    """A setting; of a path the part seed-N is struck out."""
-    return re.sub(r"(^|/)seed-\d+(?=/)", "", value) if isinstance(value, str) else value
+    return Found(kind, path, os.path.normpath(model), content.get("data"), content, settings)
 
 
 def find(folders: Iterable[str]) -> list[Found]:
@@ -141,93 +132,89 @@ def find(folders: Iterable[str]) -> list[Found]:
             if first.settings.get("weights") != item.settings.get("weights"):
                 raise UserError(f"{first.path} and {item.path} are of {item.model} with different weights: remove the "
                                 "older")
-            for part in {"evaluation": ["scores"], "calibration": ["tasks"]}.get(item.kind, []):
-                first.content[part] |= {name: of for name, of in item.content[part].items()
-                                        if name not in first.content[part]}
+            for part in {"scores", "tasks"} & item.content.keys():  # the first keeps its own, and gains what it lacks
+                first.content[part] = first.content[part] | item.content[part] | first.content[part]
     return named(list(found.values()))
 
 
 def named(items: list[Found]) -> list[Found]:
-    """Gives each a name: of its model, without what all have in common; with the settings in which two of one name
-    differ. In the order of the paper's tables."""
+    """Names each after its model, without the folders that all have in common, and with the settings in which those of
+    the same name differ. Sorted as in the paper's tables."""
     parts = {item.model: [p for p in Path(item.model).parts if not re.fullmatch(r"seed-\d+", p)] or [item.model]
              for item in items}
-    heads, places = [path[:-1] for path in parts.values()], {}
+    heads = [path[:-1] for path in parts.values()]
     shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*heads)))
     for item in items:
         item.name = "/".join(parts[item.model][shared:])
-        places.setdefault(Path(item.name).parent, len(places))
-    rank = lambda name: METHODS.index(method_of(name)) if method_of(name) else len(METHODS)
-    items = sorted(items, key=lambda item: (places[Path(item.name).parent], rank(item.name)))
-    alike = {}
-    for item in items:
-        alike.setdefault((item.kind, item.name, item.data), []).append(item)
-    for group in alike.values():
-        differ = differing(group) if group[0].kind != "judge" else []
-        for item in group:
-            item.name += f" ({', '.join(f'{name}={plain(item.settings.get(name))}' for name in differ)})" * bool(differ)
+    rank = lambda item: [*METHODS, None].index(method_of(item.name))
+    folders = grouped(items, lambda item: Path(item.name).parent).values()
+    items = [item for folder in folders for item in sorted(folder, key=rank)]
+    for group in grouped(items, lambda item: (item.kind, item.name, item.data)).values():
+        if group[0].kind != "judge" and (names := differing(group)):
+            for item in group:
+                item.name += f" ({', '.join(f'{name}={plain(item.settings.get(name))}' for name in names)})"
     return items
 
 
 def differing(items: Sequence[Found]) -> list[str]:
-    """The settings in which these differ; when their weights were written is none."""
+    """The settings in which these differ, but for the checksum of their weights."""
     known = dict.fromkeys(name for item in items for name in item.settings if name != "weights")
     return [name for name in known if len({repr(item.settings.get(name)) for item in items}) > 1]
 
 
 def plain(value) -> str:
-    """A setting in a table: of a path its end."""
+    """A setting as a table shows it: of a path the end."""
     return "/".join(str(value).split("/")[-2:])
 
 
-def grouped(items: Iterable[Found]) -> dict[str, list[Found]]:
-    """By name: the runs of one group differ in their seeds."""
+def grouped(items: Iterable, key: Callable[..., Hashable] = lambda item: item.name) -> dict[Hashable, list]:
+    """Items in groups: by name, if no other key is given. The runs of one name differ in their seeds."""
     groups = {}
     for item in items:
-        groups.setdefault(item.name, []).append(item)
+        groups.setdefault(key(item), []).append(item)
     return groups
 
 
 def by_data(items: Iterable[Found]) -> dict[str, list[Found]]:
-    sets = {}
-    for item in items:
-        sets.setdefault(item.data, []).append(item)
-    return dict(sorted(sets.items(), key=lambda pair: (pair[0] not in SETS, [*SETS, pair[0]].index(pair[0]))))
+    """By test set: those of Table 1 in its order, then others."""
+    sets = grouped(items, lambda item: item.data)
+    return {name: sets[name] for name in sorted(sets, key=lambda name: [*SETS, name].index(name))}
 
 
-def spread(runs: Sequence[Sequence[float]]) -> tuple[float, float | None, int] | None:
-    """(mean, standard deviation, number of runs) of a metric: over runs, or over the values of a single one."""
-    runs = [values for values in runs if values]
-    values = [float(np.mean(values)) for values in runs] if len(runs) > 1 else list(runs[0]) if runs else []
+Measured = tuple[float, float | None, int]  # mean; standard deviation, None of a single value; number of runs
+
+
+def spread(values: Sequence[float], runs: int) -> Measured | None:
     if not values:
         return None
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None, len(runs)
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None, runs
 
 
-def figure_of(evaluations: Sequence[Found], metric: str) -> tuple[float, float | None, int] | None:
-    runs = [item.content["scores"].get(metric, []) for item in evaluations]
-    measured = [values for values in runs if values]
-    if len(evaluations) > 1 == len(measured):  # in one run of several: nothing is known of the spread over runs
-        measured = [[float(np.mean(measured[0]))]]
-    return spread(measured)
+def figure_of(evaluations: Sequence[Found], metric: str) -> Measured | None:
+    """A metric over runs, or over the seeds of sampling where there is a single run. That only one of several runs has
+    it says nothing of the spread over runs."""
+    measured = [values for item in evaluations if (values := item.content["scores"].get(metric))]
+    single = len(evaluations) == 1 and measured
+    return spread(measured[0] if single else [float(np.mean(values)) for values in measured], len(measured))
 
 
-def shown(figure: tuple[float, float | None, int] | None, runs: int = 0, digits: int = 2) -> str:
-    """The figure in a table; told apart where fewer than `runs` were measured."""
+def shown(figure: Measured | None, runs: int = 0, digits: int = 2) -> str:
+    """The figure as a table shows it, with the number of runs that have it where that is less than `runs`."""
     if figure is None:
         return ""
-    text = f"{figure[0]:.{digits}f}" + (f" ± {figure[1]:.{digits}f}" if figure[1] is not None else "")
-    return text + f" (of {figure[2]})" * (figure[2] < runs)
+    mean, deviation, measured = figure
+    text = f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation is not None else "")
+    return text + f" (of {measured})" * (measured < runs)
 
 
 def method_of(name: str) -> str | None:
-    """The paper's name of a method, from that of a folder or a repository."""
+    """The method, as in METHODS, from the name of a folder or a repository."""
     match = re.match(r"(teacher|init|minillm|seqkd|kd|sft)(-gpt2.*)?( \(.*)?$", Path(name).name.lower())
     return match[1] if match else None
 
 
 def sft_of(name: str) -> str | None:
-    """The name, in small letters, that the SFT of this size has: beside sft-gpt2-340m stands kd-gpt2-340m."""
+    """The name, in lower case, of the SFT model of the same size: sft-gpt2-340m for KD-gpt2-340M."""
     method = method_of(name)
     return None if method in (None, "teacher") else re.sub(rf"(^|/){method}(?=[^/]*$)", r"\1sft", name.lower())
 
@@ -265,50 +252,52 @@ class Table:
 def summary_table(evaluations: list[Found]) -> list[Table]:
     """Rouge-L of each model on each set, as Table 1 is arranged; of a single set there is no more to say."""
     sets = {name: grouped(items) for name, items in by_data(evaluations).items()}
+    if len(sets) < 2:
+        return []
     rows = []
-    for label in grouped(evaluations) if len(sets) > 1 else ():
+    for label in grouped(evaluations):
         cells = []
         for groups in sets.values():
             group = groups.get(label, [])
             theirs = of_paper(group[0]) if group else None
-            cells.append(shown(figure_of(group, "rouge_l")) + (f" ({theirs:.1f})" if theirs is not None else ""))
+            cells.append(shown(figure_of(group, "rouge_l")) + (f" ({theirs:.1f})" if theirs else ""))
         rows.append([label, *cells])
-    return [Table("Rouge-L", "In brackets the paper's Table 1, where it has this model.", ["model", *sets],
-                  rows)] if rows else []
+    return [Table("Rouge-L", "In brackets the paper's Table 1, where it has this model.", ["model", *sets], rows)]
 
 
 def result_tables(evaluations: list[Found]) -> list[Table]:
-    """One a set: every metric of each model, and the paper's Rouge-L where it has that model."""
+    """One for each set: every metric of each model, and the paper's Rouge-L where it has that model."""
     tables = []
     for name, items in by_data(evaluations).items():
         metrics = [metric for metric in METRICS if any(metric in item.content["scores"] for item in items)]
-        paper = any(of_paper(item) is not None for item in items)
+        paper = any(map(of_paper, items))
         rows = []
         for label, group in grouped(items).items():
             row = [label, str(len(group)), *(shown(figure_of(group, metric), len(group)) for metric in metrics)]
             if paper:
                 theirs, ours = of_paper(group[0]), figure_of(group, "rouge_l")[0]
-                row += ["", ""] if theirs is None else [f"{theirs:.1f}", f"{ours - theirs:+.1f}"]
+                row += [f"{theirs:.1f}", f"{ours - theirs:+.1f}"] if theirs else ["", ""]
             minutes = np.mean([item.content["seconds"] for item in group]) / 60
             rows.append([*row, f"{minutes:.1f}", f"{max(item.content['peak_gib'] for item in group):.1f}"])
-        header = ["model", "runs", *metrics, *(["paper's rouge_l", "difference"] if paper else []), "minutes", "GiB"]
+        header = ["model", "runs", *metrics, *["paper's rouge_l", "difference"] * paper, "minutes", "GiB"]
         prompts = sorted({item.content["prompts"] for item in items})
-        count = f"{prompts[0]:,}" + f" to {prompts[-1]:,}" * (len(prompts) > 1)
-        tables.append(Table(f"Results on {name}", f"{count} prompts. Mean ± standard deviation "
-                            "over runs; for a single run over its seeds of sampling. Minutes of an evaluation, and the "
-                            "most memory that its process had held by its end.", header, rows))
+        least_to_most = f"{prompts[0]:,}" + f" to {prompts[-1]:,}" * (len(prompts) > 1)
+        about = (f"{least_to_most} prompts. Mean ± standard deviation over runs; for a single run over its seeds of "
+                 "sampling. Minutes of an evaluation, and the most memory that its process had held by its end.")
+        tables.append(Table(f"Results on {name}", about, header, rows))
     return tables
 
 
 def run_tables(evaluations: list[Found]) -> list[Table]:
-    """What lies behind a spread over runs: of each set valid, or else Rouge-L, and reverse KL, a column for a seed."""
+    """Behind the spread over runs: valid, or else Rouge-L, and reverse KL on each set, with a column for each seed."""
     tables, seed_of = [], lambda item: int((re.findall(r"(?:^|/)seed-(\d+)(?=/)", item.model) or ["0"])[-1])
     for name, items in by_data(evaluations).items():
         runs = {label: {seed_of(item): item.content["scores"] for item in group}
                 for label, group in grouped(items).items() if len(group) > 1}
         seeds = sorted({seed for of in runs.values() for seed in of})
         measured = {metric for of in runs.values() for scores in of.values() for metric in scores}
-        for metric in [m for m in ("valid", "rouge_l" * ("valid" not in measured), "reverse_kl") if m in measured]:
+        first = "valid" if "valid" in measured else "rouge_l"
+        for metric in [metric for metric in (first, "reverse_kl") if metric in measured]:
             rows = [[label, *(f"{np.mean(of[seed][metric]):.2f}" if metric in of.get(seed, {}) else ""
                               for seed in seeds)] for label, of in runs.items()]
             tables.append(Table(f"Run by run on {name}: {metric}", "Each seed has models of its own: compare within a "
@@ -317,8 +306,8 @@ def run_tables(evaluations: list[Found]) -> list[Table]:
 
 
 def tested(trainings: Iterable[Found], evaluations: Sequence[Found], method: str = "minillm") -> dict[str, list[Found]]:
-    """For each name of runs the evaluations of what they made, or of another method beside it, on the set that they are
-    tested with; if that was done with several settings, those of the first."""
+    """By name of runs: the evaluations of what they made, or of what another method made beside it, on the set that the
+    runs are tested with. Of evaluations with several settings, those with the settings of the first."""
     results = {}
     for name, group in grouped(trainings).items():
         models = {str(Path(item.model).with_name(method)) for item in group}
@@ -331,24 +320,22 @@ def tested(trainings: Iterable[Found], evaluations: Sequence[Found], method: str
 def comparison(trainings: list[Found], evaluations: list[Found]) -> list[Table]:
     """Runs of MiniLLM whose flags differ, as an ablation; sixteen pairs of divergence and source as a square."""
     flags, results = differing(trainings), tested(trainings, evaluations)
-    runs = {name: group for name, group in grouped(trainings).items() if name in results}
-    if len(runs) < 2 or not flags:
+    if len(results) < 2 or not flags:
         return []
-    metrics = [metric for metric in METRICS if any(figure_of(results[name], metric) for name in runs)]
+    runs = {name: group for name, group in grouped(trainings).items() if name in results}
+    metrics = [metric for metric in METRICS if any(figure_of(found, metric) for found in results.values())]
     rows = [[name, str(len(group)), *(plain(group[0].settings.get(flag)) for flag in flags),
              *(shown(figure_of(results[name], metric), len(group)) for metric in metrics)]
             for name, group in runs.items()]
     tables = [Table("What flags change", "Runs of MiniLLM that differ in these flags. Mean ± standard deviation over "
                     "runs.", ["model", "runs", *(f"--{flag}" for flag in flags), *metrics], rows)]
-    alone = {}
-    for name, group in runs.items():
-        if not group[0].content["long_term"]:
-            alone.setdefault((group[0].content["divergence"], group[0].content["source"]), []).append(name)
+    alone = grouped([group[0] for group in runs.values() if not group[0].content["long_term"]],
+                    lambda item: (item.content["divergence"], item.content["source"]))
     kinds, sources = ([*dict.fromkeys(pair[at] for pair in alone)] for at in (0, 1))
     if len(kinds) > 1 and len(sources) > 1:
         for metric in [metric for metric in ("valid", "rouge_l", "reverse_kl", "forward_kl") if metric in metrics]:
-            cells = {pair: " / ".join(shown(figure_of(results[name], metric)) for name in names)
-                     for pair, names in alone.items()}
+            cells = {pair: " / ".join(shown(figure_of(results[item.name], metric)) for item in items)
+                     for pair, items in alone.items()}
             tables.append(Table(f"Divergence by source of answers: {metric}", "The single-step term alone.",
                                 ["--divergence", *(f"--source={source}" for source in sources)],
                                 [[kind, *(cells.get((kind, source), "") for source in sources)] for kind in kinds]))
@@ -356,29 +343,31 @@ def comparison(trainings: list[Found], evaluations: list[Found]) -> list[Table]:
 
 
 def exposure_table(items: list[Found]) -> list[Table]:
-    longest = max((len(item.content["ex_acc_err"]) for item in items), default=0)
-    lengths = [l for l in (1, 5, 10, 25, 50, 100, 200) if l <= longest]
+    lengths = [l for l in (1, 5, 10, 25, 50, 100, 200) if any(l <= len(item.content["ex_acc_err"]) for item in items)]
     rows = []
     for label, group in grouped(items).items():
-        curves = [item.content["ex_acc_err"] for item in group]
-        at = lambda l, curves=curves: spread([[c[l - 1]] for c in curves if l <= len(c) and c[l - 1] is not None])
-        rows.append([label, str(len(group)), *(shown(at(l), len(group), 1) for l in lengths)])
+        at = [[x for item in group for x in item.content["ex_acc_err"][l - 1 : l] if x is not None] for l in lengths]
+        rows.append([label, str(len(group)), *(shown(spread(values, len(values)), len(group), 1) for values in at)])
     about = ("Figure 6: ExAccErr(l) in percent, the excess error accumulated over the first l tokens of a model's own "
              "answers.")
     return [Table("Exposure bias", about, ["model", "runs", *(f"l = {l}" for l in lengths)], rows)] if rows else []
 
 
-def calibration_table(items: list[Found]) -> list[Table]:
-    rows = []
-    for label, group in grouped(items).items():
+def by_task(calibrations: list[Found]) -> Iterator[tuple[str, str, list[dict]]]:
+    """Each name and task, with its results in those runs that have it."""
+    for label, group in grouped(calibrations).items():
         for task in dict.fromkeys(task for item in group for task in item.content["tasks"]):
-            of = [item.content["tasks"][task] for item in group if task in item.content["tasks"]]
-            cells = [shown(spread([[one[name]] for one in of]), digits=digits)
-                     for name, digits in (("accuracy", 1), ("majority", 1), ("ece", 3))]
-            rows.append([label, str(len(of)), task, *cells])
-    return [Table("Calibration", "Table 2: zero-shot accuracy in percent, beside that of always saying the commoner "
-                  "label, and expected calibration error.", ["model", "runs", "task", "accuracy", "majority", "ECE"],
-                  rows)] if rows else []
+            yield label, task, [item.content["tasks"][task] for item in group if task in item.content["tasks"]]
+
+
+def calibration_table(items: list[Found]) -> list[Table]:
+    rows = [[label, str(len(results)), task,
+             *(shown(spread([result[name] for result in results], len(results)), digits=digits)
+               for name, digits in (("accuracy", 1), ("majority", 1), ("ece", 3)))]
+            for label, task, results in by_task(items)]
+    about = ("Table 2: zero-shot accuracy in percent, beside that of always saying the commoner label, and expected "
+             "calibration error.")
+    return [Table("Calibration", about, ["model", "runs", "task", "accuracy", "majority", "ECE"], rows)] if rows else []
 
 
 def judge_table(items: list[Found]) -> list[Table]:
@@ -391,7 +380,7 @@ def judge_table(items: list[Found]) -> list[Table]:
             shares = ", ".join(f"{name} {c[name]['percent']:.1f}" for name in ("win", "tie", "loss"))
             verdict, theirs = f"{shares} against {c['given']['against']}", None
         rows.append([item.name, item.data or "", c["given"]["judge"], verdict,
-                     "" if theirs is None else f"{theirs:.1f}", str(c["judged"]), str(c["unscored"])])
+                     f"{theirs:.1f}" if theirs else "", str(c["judged"]), str(c["unscored"])])
     return [Table("Judged", "100 x marks of the answers / marks of the references, and a 95% interval over prompts; or "
                   "percent of comparisons. The paper's judge was GPT-4, its question another.",
                   ["answers", "data", "judge", "score", "paper's", "judged", "unscored"], rows)] if rows else []
@@ -404,18 +393,15 @@ class Figure:
     title: str
     about: str
     file: str
-    panels: dict[str, dict]  # of each panel what is drawn, by label
+    panels: dict[str, dict]  # title of a panel -> label -> what is drawn
     items: Sequence[Found]
-    png: bytes = field(default=b"", repr=False)
-
-    @property
-    def commands(self) -> list[str]:
-        made = [*dict.fromkeys(item.content["command"] for item in self.items)]
-        more = [f"... and {len(made) - 4} more"] if len(made) > 5 else made[4:5]
-        return [*made[:4], *more, command()]
+    png: bytes
 
     def html(self) -> str:
-        code = "".join(f"<code>{html.escape(line)}</code><br>" for line in self.commands)
+        made = [*dict.fromkeys(item.content["command"] for item in self.items)]
+        if len(made) > 5:
+            made[4:] = [f"... and {len(made) - 4} more"]
+        code = "".join(f"<code>{html.escape(line)}</code><br>" for line in [*made, command()])
         return (f"<h2>{html.escape(self.title)}</h2>\n<p>{html.escape(self.about)}</p>\n"
                 f'<img alt="{html.escape(self.title)}" src="data:image/png;base64,'
                 f'{base64.b64encode(self.png).decode()}">\n<p class="from">{code}</p>\n')
@@ -423,8 +409,7 @@ class Figure:
 
 def draw(title: str, about: str, file: str, panels: dict[str, dict], items: Sequence[Found],
          paint: Callable) -> list[Figure]:
-    """paint(axis, name, label, what, n, color, line) draws the n-th label of a panel; no figure where nothing is."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """paint(axis, label, what, n, color, line) draws the n-th label of a panel; no figure where there is nothing."""
     from matplotlib.figure import Figure as Canvas
     panels = {name: of for name, of in panels.items() if of}
     labels = [*dict.fromkeys(label for of in panels.values() for label in of)]
@@ -432,11 +417,9 @@ def draw(title: str, about: str, file: str, panels: dict[str, dict], items: Sequ
         return []
     if len(labels) > len(STYLES):
         about += f" Of {len(labels)} models the first {len(STYLES)} are drawn."
-        labels = labels[: len(STYLES)]
     columns, rows = min(len(panels), 4), -(-len(panels) // 4)
     canvas = Canvas(figsize=(3.4 * columns if len(panels) > 1 else 7, 3.0 * rows + 0.8), layout="constrained")
-    FigureCanvasAgg(canvas)
-    axes = list(canvas.subplots(rows, columns, squeeze=False).flat)
+    axes = canvas.subplots(rows, columns, squeeze=False).ravel()
     for axis, (name, of) in zip(axes, panels.items()):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
@@ -444,8 +427,8 @@ def draw(title: str, about: str, file: str, panels: dict[str, dict], items: Sequ
             axis.set_title(name, fontsize=9)
         for n, (label, (color, line)) in enumerate(zip(labels, STYLES)):
             if label in of:
-                words = " " * label.startswith("_") + label.replace("$", r"\$")  # such a label would not be shown
-                paint(axis, name, words, of[label], n, color, line)
+                words = " " * label.startswith("_") + label.replace("$", r"\$")  # a label that begins with _ is hidden
+                paint(axis, words, of[label], n, color, line)
     for axis in axes[len(panels):]:
         axis.set_visible(False)
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
@@ -457,23 +440,23 @@ def draw(title: str, about: str, file: str, panels: dict[str, dict], items: Sequ
     return [Figure(title, about, file, panels, items, png.getvalue())]
 
 
-def over_runs(curves: Iterable[tuple[Sequence[float], Sequence[float]]]) -> tuple[np.ndarray, ...]:
-    """(x, mean, least, largest) of curves, each at the x that any has, over those that have it."""
+def over_runs(curves: Iterable[tuple[Iterable[float], Iterable[float | None]]]) -> np.ndarray:
+    """Rows x, mean, least and largest of curves, at every x that any of them has, over those that have it."""
     at = {}
     for xs, ys in curves:
         for x, y in zip(xs, ys):
-            at.setdefault(x, []).append(y)
-    columns = [(x, np.mean(ys), min(ys), max(ys)) for x, ys in sorted(at.items())]
-    return tuple(np.array(column, dtype=float) for column in zip(*columns)) if columns else (np.empty(0),) * 4
+            if y is not None:
+                at.setdefault(x, []).append(y)
+    return np.array([(x, np.mean(ys), min(ys), max(ys)) for x, ys in sorted(at.items())], float).reshape(-1, 4).T
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Means over the last `width` values; over what there is at the beginning."""
+    """At each place the mean of the last `width` values, of fewer at the beginning."""
     return np.array([values[max(0, n + 1 - width) : n + 1].mean() for n in range(len(values))])
 
 
 def curve(path: Path, name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one column of a log.jsonl; of what is only validated, those of validation."""
+    """Steps and values of a metric in a log.jsonl: those of training, or else of validation."""
     lines = [line for line in read_lines(path) if isinstance(line, dict) and "step" in line]
     number = lambda value: isinstance(value, int | float)
     points = [(line["step"], line[name]) for line in lines if number(line.get(name))]
@@ -483,15 +466,15 @@ def curve(path: Path, name: str) -> tuple[list[float], list[float]]:
 
 
 def training_figure(trainings: list[Found], width: int) -> list[Figure]:
-    items = [item for item in trainings if (item.path.parent / "log.jsonl").is_file()]
-    panels = {}
-    for name in CURVES:
-        runs = {label: over_runs(curve(item.path.parent / "log.jsonl", name) for item in group)[:2]
-                for label, group in grouped(items).items()}
-        panels[name] = {label: (x, smooth(y, width) if len(x) > 2 * width else y)
-                        for label, (x, y) in runs.items() if len(x)}
+    items = [item for item in trainings if item.path.with_name("log.jsonl").is_file()]
+    panels = {name: {} for name in CURVES}
+    for label, group in grouped(items).items():
+        for name, panel in panels.items():
+            x, y, _, _ = over_runs(curve(item.path.with_name("log.jsonl"), name) for item in group)
+            if len(x):
+                panel[label] = (x, smooth(y, width) if len(x) > 2 * width else y)
 
-    def paint(axis, name, label, what, n, color, line) -> None:
+    def paint(axis, label, what, n, color, line) -> None:
         axis.plot(*what, line, color=color, label=label, marker="" if len(what[0]) > 2 * width else ".")
         axis.set_xlabel("update", fontsize=8)
 
@@ -503,14 +486,13 @@ def training_figure(trainings: list[Found], width: int) -> list[Figure]:
 def exposure_figure(items: list[Found]) -> list[Figure]:
     lines = {}
     for label, group in grouped(items).items():
-        of = lambda item, key: [(n, x) for n, x in enumerate(item.content[key], 1) if x is not None]
-        x, mean, low, high = over_runs(zip(*of(item, "ex_acc_err")) for item in group if of(item, "ex_acc_err"))
+        x, mean, low, high = over_runs((count(1), item.content["ex_acc_err"]) for item in group)
         if len(group) == 1:
             low, high = (np.array([group[0].content[key][int(l) - 1] for l in x], float) for key in ("low", "high"))
         if len(x):
             lines[label] = (x, mean, low, high)
 
-    def paint(axis, name, label, what, n, color, line) -> None:
+    def paint(axis, label, what, n, color, line) -> None:
         x, mean, low, high = what
         axis.plot(x, mean, line, color=color, label=label)
         axis.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
@@ -526,24 +508,24 @@ def exposure_figure(items: list[Found]) -> list[Figure]:
 def length_figure(evaluations: list[Found]) -> list[Figure]:
     figures = []
     for data, items in by_data(evaluations).items():
-        groups, means = grouped(items), {}
-        for label, group in groups.items():
+        means = {}  # label -> Rouge-L of each length, nan where no reference has it
+        for label, group in grouped(items).items():
             of = [item.content["rouge_l_by_length"] for item in group]
-            means[label] = {bucket: float(np.mean([one[bucket]["mean"] for one in of if bucket in one]))
-                            for bucket in LENGTHS if any(bucket in one for one in of)}
-        known = {label.lower(): label for label in groups}
-        base = {label: known.get(sft_of(label)) for label in groups}  # the SFT of the same size
-        less = any(base.values())
-        buckets = [bucket for bucket in LENGTHS if any(bucket in of for of in means.values())]
-        bars = {label: [of.get(b, np.nan) - (means[base[label]].get(b, np.nan) if less else 0) for b in buckets]
-                for label, of in means.items() if base[label] != label and (base[label] or not less)}
-        if len(buckets) < 2:
+            values = [[one[bucket]["mean"] for one in of if bucket in one] for bucket in LENGTHS]
+            means[label] = np.array([np.mean(value) if value else np.nan for value in values])
+        there = ~np.isnan([*means.values()]).all(0)
+        if there.sum() < 2:
             continue
-        count = min(len(bars), len(STYLES))
+        known = {label.lower(): label for label in means}
+        base = {label: known.get(sft_of(label)) for label in means}  # the SFT of the same size
+        less = any(base.values())
+        bars = {label: (mean - means[base[label]] if less else mean)[there].tolist()
+                for label, mean in means.items() if not less or base[label] not in (None, label)}
+        buckets, bar = np.array([*LENGTHS])[there], 0.8 / max(1, min(len(bars), len(STYLES)))
 
-        def paint(axis, name, label, what, n, color, line, count=count, buckets=buckets, less=less) -> None:
-            axis.bar(np.arange(len(buckets)) + 0.8 * (n + 0.5) / count - 0.4, what, 0.75 / count, color=color,
-                     label=label, edgecolor="black", linewidth=0.4, hatch=HATCHES[n % len(HATCHES)])
+        def paint(axis, label, what, n, color, line, bar=bar, buckets=buckets, less=less) -> None:
+            axis.bar(np.arange(len(buckets)) + bar * (n + 0.5) - 0.4, what, 0.9375 * bar, color=color, label=label,
+                     edgecolor="black", linewidth=0.4, hatch=HATCHES[n % len(HATCHES)])
             axis.axhline(0, color="black", linewidth=0.8)
             axis.set_xticks(range(len(buckets)), buckets)
             axis.set_xlabel("tokens of the reference")
@@ -576,7 +558,7 @@ def sweep_figure(trainings: list[Found], evaluations: list[Found]) -> list[Figur
     if len(xs) < 2:
         return []
 
-    def paint(axis, name, label, what, n, color, line) -> None:
+    def paint(axis, label, what, n, color, line) -> None:
         at = [x for x in xs if x in what]
         axis.errorbar([xs.index(x) for x in at], [what[x][0] for x in at], [what[x][1] or 0 for x in at], color=color,
                       linestyle=line, marker="o", capsize=3, label=label)
@@ -589,18 +571,13 @@ def sweep_figure(trainings: list[Found], evaluations: list[Found]) -> list[Figur
 
 def reliability_figure(items: list[Found]) -> list[Figure]:
     panels = {}
-    for label, group in grouped(items).items():
-        for task in dict.fromkeys(task for item in group for task in item.content["tasks"]):
-            points = {}
-            for item in group:
-                for bin in item.content["tasks"].get(task, {"bins": []})["bins"]:
-                    points.setdefault(bin["low"], []).extend([bin] * (bin["count"] > 0))
-            points = {low: bins for low, bins in points.items() if bins}
-            mean = lambda of, name: np.average([bin[name] for bin in of], weights=[bin["count"] for bin in of])
-            panels.setdefault(task, {})[label] = [[mean(of, name) for _, of in sorted(points.items())]
-                                                  for name in ("confidence", "accuracy")]
+    for label, task, results in by_task(items):
+        places = grouped([bin for result in results for bin in result["bins"] if bin["count"]], lambda bin: bin["low"])
+        mean = lambda of, name: np.average([bin[name] for bin in of], weights=[bin["count"] for bin in of])
+        panels.setdefault(task, {})[label] = [[mean(places[low], name) for low in sorted(places)]
+                                              for name in ("confidence", "accuracy")]
 
-    def paint(axis, name, label, what, n, color, line) -> None:
+    def paint(axis, label, what, n, color, line) -> None:
         axis.plot([0, 1], [0, 1], color="#888888", linewidth=0.8)
         axis.plot(*what, line, color=color, label=label, marker="o", markersize=4)
         axis.set_xlabel("confidence")
@@ -616,22 +593,23 @@ def answers_page(evaluations: list[Found], prompts: int) -> str:
     """The first prompts of each set, the reference, and one answer of each model."""
     page = []
     for data, items in by_data(evaluations).items():
-        said = {}  # label -> {(instruction, input): answer}
+        said = {}  # label -> {(instruction, input): row of an answer}
         for label, group in grouped(items).items():
             path = group[0].path.parent / "samples.jsonl"
-            rows = read_lines(path) if path.is_file() else []
-            rows = [row for row in rows if isinstance(row, dict) and KEYS <= row.keys()]
-            said[label] = {(row["instruction"], row["input"]): row for row in reversed(rows)}  # the first seed's
-        keys = list(dict.fromkeys(key for rows in said.values() for key in reversed(rows)))[:prompts]
+            rows = reversed(read_lines(path) if path.is_file() else [])  # so that the first seed's answer stays
+            said[label] = {(row["instruction"], row["input"]): row for row in rows
+                           if isinstance(row, dict) and KEYS <= row.keys()}
+        keys = [*dict.fromkeys(key for rows in said.values() for key in reversed(rows))][:prompts]
         page.append(f"<h2>Answers on {html.escape(data)}</h2>\n" * bool(keys))
         for key in keys:
             rows = {label: of[key] for label, of in said.items() if key in of}
-            cells = [("reference", text, "") for text in next(iter(rows.values()))["references"][:1]]
-            cells += [(label, row["answer"], ", ".join(f"{name} {row['scores'][name]:.0f}" for name in
-                                                       ("valid", "rouge_l", "tokens") if name in row["scores"]))
-                      for label, row in rows.items()]
+            cells = [("reference", "", text) for text in next(iter(rows.values()))["references"][:1]]
+            for label, row in rows.items():
+                scores = [f"{name} {row['scores'][name]:.0f}" for name in ("valid", "rouge_l", "tokens")
+                          if name in row["scores"]]
+                cells.append((label, ", ".join(scores), row["answer"]))
             body = "".join(f"<tr><th>{html.escape(label)}<br><small>{note}</small></th><td>{html.escape(text)}</td>"
-                           "</tr>" for label, text, note in cells)
+                           "</tr>" for label, note, text in cells)
             page.append(f'<h3>{html.escape(" | ".join(filter(None, key)))}</h3><table class="answers">{body}</table>\n')
     return "".join(page)
 
@@ -675,14 +653,12 @@ def main(cfg: Config) -> None:
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(cfg.title)}</title>'
             f"<style>{STYLE}</style>\n<h1>{html.escape(cfg.title)}</h1>\n<p><code>{html.escape(command())}</code></p>\n"
             f"{body}</html>\n")
-    out = Path(cfg.out)
     markdown = f"# {cfg.title}\n\n`{command()}`\n\n" + "\n".join(table.markdown() for table in tables)
-    for file, content in (("report.html", page), ("report.md", markdown)):
+    files = {"report.html": page.encode(), "report.md": markdown.encode()}
+    out = Path(cfg.out)
+    for file, content in (files | {f"{figure.file}.png": figure.png for figure in figures}).items():
         with written_aside(out / file) as aside:
-            aside.write_text(content, encoding="utf-8")
-    for figure in figures:
-        with written_aside(out / f"{figure.file}.png") as aside:
-            aside.write_bytes(figure.png)
+            aside.write_bytes(content)
     print(f"{out / 'report.html'}: {len(tables)} tables, {len(figures)} figures")
 
 
