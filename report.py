@@ -590,16 +590,17 @@ def reliability_figure(items: list[Found]) -> list[Figure]:
 # ---- answers side by side -------------------------------------------------------------------------------------------
 
 def answers_page(evaluations: list[Found], prompts: int) -> str:
-    """The first prompts of each set, the reference, and one answer of each model."""
+    """The first prompts of each set, with the reference and the first answer of each model."""
     page = []
     for data, items in by_data(evaluations).items():
-        said = {}  # label -> {(instruction, input): row of an answer}
+        said = {}  # label -> {(instruction, input): row of the first answer}
         for label, group in grouped(items).items():
             path = group[0].path.parent / "samples.jsonl"
-            rows = reversed(read_lines(path) if path.is_file() else [])  # so that the first seed's answer stays
-            said[label] = {(row["instruction"], row["input"]): row for row in rows
-                           if isinstance(row, dict) and KEYS <= row.keys()}
-        keys = [*dict.fromkeys(key for rows in said.values() for key in reversed(rows))][:prompts]
+            said[label] = {}
+            for row in read_lines(path) if path.is_file() else []:
+                if isinstance(row, dict) and KEYS <= row.keys():
+                    said[label].setdefault((row["instruction"], row["input"]), row)
+        keys = [*dict.fromkeys(key for rows in said.values() for key in rows)][:prompts]
         page.append(f"<h2>Answers on {html.escape(data)}</h2>\n" * bool(keys))
         for key in keys:
             rows = {label: of[key] for label, of in said.items() if key in of}

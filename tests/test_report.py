@@ -163,6 +163,17 @@ def test_the_page_stands_by_itself_and_runs_nothing(tmp_path):
     assert "| model | runs | valid | rouge_l |" in table
 
 
+def test_the_first_prompts_are_shown_though_they_come_again(tmp_path):
+    """The built-in world asks the same twice: with a reference, and so an answer, of another kind."""
+    evaluation(tmp_path, "out/m")
+    samples = tmp_path / "samples.jsonl"
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    again = rows[0] | {"prompt": 3, "answer": "said later"}
+    samples.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:3], again, *rows[3:5]]))
+    page = report.answers_page(find([str(tmp_path)]), 1)
+    assert "says 0 by 10" in page and "says 1" not in page and "said later" not in page
+
+
 def test_a_run_and_its_exposure_bias(distill_config, tmp_path, capsys):
     """Through the real commands, at a few updates."""
     cfg = distill_config()
