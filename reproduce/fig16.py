@@ -1,8 +1,8 @@
 """Figure 16: alpha of the mixture, Eq. (4), from the student's own answers (0) to the teacher's alone (1).
 
-The paper:      0.2 is good for all sizes, and larger models care less; its numbers are in a plot only.
-The tiny world: seven values and the smallest student; minutes a value.
---world=paper:  a phase 2 for each value. Not run yet.
+The paper:      0.2 does well for all sizes, and matters less to larger models; the numbers are in a plot only.
+The tiny world: seven values, with the smallest student; minutes for each.
+--world=paper:  one run of phase 2 for each value. Not run yet.
 Run:            python reproduce/fig16.py
 """
 

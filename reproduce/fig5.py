@@ -2,8 +2,8 @@
 
 The paper:      120M taught by 340M, 760M and 1.5B: MiniLLM is ahead of SeqKD with each, and gains with their size.
 The tiny world: teachers of 2 layers, 32, 48 and 96 wide; minutes.
---world=paper:  the two smaller teachers are the released SFT models; for each phase 1 anew, as SeqKD begins with GPT-2
-                itself and not with its result, then phase 2 and SeqKD. Not run yet.
+--world=paper:  the two smaller teachers are the released SFT models. With each, phase 1 anew, as SeqKD begins with
+                GPT-2 itself, not with the result of phase 1; then phase 2 and SeqKD. Not run yet.
 Run:            python reproduce/fig5.py
 """
 

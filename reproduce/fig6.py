@@ -1,4 +1,4 @@
-"""Figure 6: exposure bias, the excess error that accumulates because a model goes on from its own words.
+"""Figure 6: exposure bias, the excess error that accumulates because a model continues its own words.
 
 The paper:      (120M, 1.5B teacher, Dolly) it grows with the length for the baselines; for MiniLLM it stays flat after
                 about 150 tokens.

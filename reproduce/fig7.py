@@ -1,9 +1,9 @@
 """Figure 7: Rouge-L over that of SFT, by the length of the reference: up to 5 tokens, up to 10, and more.
 
-The paper:      (S-NI) no method gains where references have 5 tokens or less; MiniLLM does from 6 on.
-The tiny world: no figure: all its references have 13 words and more, one group; Rouge-L is chance there besides.
---world=paper:  the released students on DollyEval, whose references are of all lengths; the paper's S-NI is on the hub
-                in files by length, of which data.py reads the longest. Not run yet.
+The paper:      (S-NI) no method gains on references of 5 tokens or less; MiniLLM gains on longer ones.
+The tiny world: no figure: all references have 13 words or more, which is one group, and Rouge-L is chance there.
+--world=paper:  the released students on DollyEval, which has references of all lengths; the hub has the paper's S-NI as
+                files by length, of which data.py reads the longest. Not run yet.
 Run:            python reproduce/fig7.py --world=paper
 """
 

@@ -1,8 +1,8 @@
-"""Figure 8: reverse KL while the student learns, with each strategy removed: it falls in all of them.
+"""Figure 8: reverse KL while the student learns, with all three strategies and without each of them.
 
-The paper:      it falls although what is said degenerates without length normalisation or the mixture: a low reverse KL
-                is no success.
-The tiny world, --world=paper: the runs of Table 4, their log.jsonl drawn as means over 32 updates.
+The paper:      it always falls, though without length normalisation or the mixture the answers degenerate: a low
+                reverse KL alone is no success.
+Both worlds:    the runs of Table 4, their log.jsonl drawn as means over 32 updates.
 Run:            python reproduce/fig8.py
 """
 

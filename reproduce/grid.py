@@ -1,11 +1,11 @@
 """Which divergence, and whose answers: the single-step term alone, for all sixteen pairs. Asked for by the reviewers.
 
 On-policy forward KL is forward on student; GKD is js on student (its lambda = 1); word-level KD is forward on gold, the
-references; MiniLLM without its long term is reverse on mixed. No pair has the long term, and references need no
-weights; else the pairs differ in nothing.
+references; MiniLLM without its long term is reverse on mixed. No pair has the long term. References need no importance
+weights; in all else the pairs are alike.
 
 The tiny world: 16 runs a seed; an hour on two cores.
---world=paper:  17 times phase 2, one of them with the long term, to compare. Not run yet.
+--world=paper:  seventeen runs of phase 2, one of them with the long term for comparison. Not run yet.
 Run:            python reproduce/grid.py
 """
 

@@ -3,9 +3,9 @@
 The paper:      Section 2.2 and its Table 8 of failures ("We to know"): short or repeated phrases that the teacher finds
                 likely.
 The tiny world: read the answers in the report, beside those of the full method. `hacked` has none of the three; its
-                noise leads it astray. `unpaid` lacks the single step, in which r_t is, and its R_{t+1} has no r_t
-                either: to end at once is paid nothing, which is more than most of what it says.
---world=paper:  three times phase 2. Not run yet.
+                noise leads it astray. `unpaid` lacks the single step, which pays r_t, and its return R_{t+1} begins
+                after r_t: to end at once is paid nothing, which is more than most answers are paid.
+--world=paper:  three runs of phase 2. Not run yet.
 Run:            python reproduce/hacking.py
 """
 

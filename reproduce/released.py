@@ -1,8 +1,8 @@
 """The released checkpoints on the five sets, beside Table 1: no training, only the hub and a GPU.
 
-Thirteen models, five sets, five seeds, with the n-gram rule of the released code's tests, of which the paper does not
-speak: without --no_repeat_ngram=6 Rouge-L was reported to differ by more than a point. Minutes and memory stand in the
-report. Not run yet on the true weights: tried with stand-ins of the same file forms.
+Thirteen models, five sets, five seeds, with --no_repeat_ngram=6, which the released code's tests use and the paper does
+not mention: without it Rouge-L was reported to differ by more than a point. The report has minutes and memory. Not run
+yet on the true weights, only on stand-ins in the same file formats.
 
 Run:            python reproduce/released.py --world=paper
                 python reproduce/released.py --world=paper --limit=20             a try, in minutes

@@ -1,6 +1,6 @@
 """Table 1, the GPT-2 rows: SFT, KD, SeqKD and MiniLLM, for three sizes of student.
 
-The paper:      MiniLLM leads in Rouge-L but for 340M on Dolly; there 120M has 24.6, its SFT 23.3.
+The paper:      MiniLLM leads in Rouge-L, except with 340M on Dolly; with 120M it has 24.6 there, SFT 23.3.
 The tiny world: one set, whose measures are valid % and reverse KL; students of 1 layer, 12, 16 and 24 wide. 15 minutes.
 --world=paper:  everything is trained anew, the teacher first, then five sets and five seeds for each of 13 models; one
                 GPU of 80 GB. `python distill.py --teacher=gpt2-xl --plan` tells the hours on yours. Not run yet.

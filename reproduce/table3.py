@@ -1,8 +1,8 @@
-"""Table 3: is what MiniLLM says less diverse, as reverse KL seeks modes? Dist-4, and the loss on the references.
+"""Table 3: are MiniLLM's answers less diverse, as reverse KL seeks modes? Dist-4, and the loss on the references.
 
 The paper:      (LLaMA-7B) Dist-4 on Dolly 99.3 for the teacher, 99.5 for SFT, 99.0 for MiniLLM; loss 3.55, 3.89, 3.95.
-The tiny world: the models of Table 1, so nothing is left to run; and, which the paper lacks, the share of different
-                answers to one prompt, `distinct` and `dist_4_prompt`.
+The tiny world: the models of Table 1, so nothing is left to run. Its report adds what the paper lacks, how much the
+                answers to one prompt differ: `distinct` and `dist_4_prompt`.
 --world=paper:  the released students; an hour of one GPU, at a guess. Not run yet.
 Run:            python reproduce/table3.py
 """

@@ -1,9 +1,9 @@
 """Table 4: MiniLLM without length normalisation, without teacher-mixed sampling, without the single-step decomposition.
 
-The paper:      validation and DollyEval Rouge-L 27.4 and 24.6 with all; 17.4, 14.7 without length normalisation; 22.3,
-                20.4 without the mixture; 27.0, 23.7 without the single step.
-The tiny world: the same flags; minutes each seed.
---world=paper:  four times phase 2 of the 120M student. Not run yet.
+The paper:      Rouge-L on validation and DollyEval: 27.4 and 24.6 with all; 17.4 and 14.7 without length normalisation;
+                22.3 and 20.4 without the mixture; 27.0 and 23.7 without the single step.
+The tiny world: the same flags; minutes for each seed.
+--world=paper:  four runs of phase 2 of the 120M student. Not run yet.
 Run:            python reproduce/table4.py
 """
 

@@ -2,10 +2,10 @@
 
 The paper:      without L_PT the average accuracy on SST-2 and BoolQ falls from 70.2 to 65.7 (OPT-1.3B) and instruction
                 Rouge-L rises from 52.8 to 53.2.
-The tiny world: `text_loss`, nats a token on its plain text, stands for accuracy; minutes. Its student has not seen
-                plain text before phase 2, so L_PT can teach, but keep nothing: phase 1 is measured beside the others.
---world=paper:  GPT-2 120M, accuracy by calibration.py; give the two files, which are not on the hub in this form, as
-                boolq_dev.jsonl (SuperGLUE's or Google's) and dev.tsv (GLUE's SST-2) in the project's root. Not run yet.
+The tiny world: `text_loss`, in nats a token on plain text, stands for accuracy; minutes. The student has seen no plain
+                text before phase 2, so L_PT teaches it, and has nothing to keep: phase 1 is measured too.
+--world=paper:  GPT-2 120M, accuracy by calibration.py. Put two files, which the hub lacks in this form, into the
+                project's root: boolq_dev.jsonl (SuperGLUE's or Google's) and dev.tsv (GLUE's SST-2). Not run yet.
 Run:            python reproduce/table7.py
 """
 

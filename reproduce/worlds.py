@@ -1,11 +1,11 @@
-"""The two worlds in which each table and figure is made again, and how the commands of one are run.
+"""The two worlds in which each table and figure is made again, and how a script's commands are run.
 
 Every script beside this file lists the project's own commands for one table or figure, prints each before it runs, and
-ends with report.py. What is finished is kept: a script that was stopped goes on when it is started again, and scripts
-share what they have in common.
+ends with report.py. What is finished is kept: a script that was stopped goes on when it is started again, and what
+scripts have in common is made once.
 
-tiny:     the built-in world, on a CPU: a student of 3,756 parameters, and for sizes two larger ones
-paper:    GPT-2 on Dolly, on a GPU, phase 2 from the released teacher and the released result of phase 1
+tiny:     the built-in world, on a CPU: a student of 3,756 parameters, and two larger ones where sizes are compared
+paper:    GPT-2 on Dolly, on a GPU; phase 2 starts from the released teacher and the released result of phase 1
 
 Run:      python reproduce/table4.py                         all seeds of the tiny world
           python reproduce/table4.py --world=paper --dry_run         print the commands, run none
@@ -28,8 +28,7 @@ import config  # noqa: E402
 from config import Stopped, UserError, check, flag  # noqa: E402
 
 Command = list[str]
-RUNNING: set[subprocess.Popen] = set()  # what a seed has started, and waits for
-MEASURES = ("eval.py", "exposure.py", "calibration.py")
+RUNNING: set[subprocess.Popen] = set()  # what the seeds have started, and wait for
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Config:
     world: Literal["tiny", "paper"] = flag("tiny", "built-in, on a CPU; or the paper's, on a GPU")
     seeds: int | None = flag(None, "runs, each with a seed of its own, 1, 2 ...; default 5 in the tiny world, else 1")
     jobs: int = flag(1, "seeds worked on at a time; a CPU of few cores does best with one thread and a job for each")
-    limit: int | None = flag(None, "prompts of each evaluation that a script asks for by itself: to try it")
+    limit: int | None = flag(None, "prompts of each evaluation that the script itself asks for: to try it")
     dry_run: bool = flag(False, "print the commands, run none")
 
     def __post_init__(self):
@@ -46,7 +45,7 @@ class Config:
 
 @dataclass(frozen=True)
 class World:
-    """The commands of one seed. Folders are relative to the project's root, as commands are run there."""
+    """The commands of one seed. They run in the project's root, to which their folders are relative."""
     name: str
     seed: int
 
@@ -74,14 +73,13 @@ class World:
         return ["distill.py", "--resume", f"--seed={self.seed}", f"--out={self.folder(variant)}", *flags]
 
     def start(self) -> Command:
-        """MiniLLM as the paper has it, with which all variants are compared; in the tiny world the teacher, phase 1 and
-        the baselines too."""
+        """MiniLLM as the paper has it; in the tiny world together with the teacher, phase 1 and the baselines."""
         if self.tiny:
             return self.distill("start")
         return self.distill("start", f"--teacher={self.teacher}", f"--student={self.init}")
 
     def variant(self, name: str, *flags: str) -> Command:
-        """The same but for these flags."""
+        """The same as start, but for these flags."""
         given = {f.split("=")[0] for f in flags}
         same = [f"--teacher={self.teacher}", f"--student={self.init}", "--baselines="]
         same += ["--preset=tiny"] if self.tiny else []
@@ -89,26 +87,26 @@ class World:
 
 
 def run(commands: Callable[[World], Iterator[Command]], report: str) -> None:
-    """Runs the commands of each seed, then report.py over the folders that they name by --out."""
+    """Runs the commands of each seed, then report.py on the folders that they name as --out."""
     config.run(lambda cfg: go(cfg, commands, report), Config)
 
 
 def go(cfg: Config, commands: Callable[[World], Iterator[Command]], report: str) -> None:
-    count = cfg.seeds or (5 if cfg.world == "tiny" else 1)
-    work, made = [list(commands(World(cfg.world, seed))) for seed in range(1, count + 1)], []
-    for n, seed in enumerate(work):  # what is the same for all seeds is done once
-        work[n] = [command for command in seed if not any(command in earlier for earlier in work[:n])]
-    if not any(work):
+    work, everything = [], []  # what is the same for all seeds is done once, by the first
+    for seed in range(1, 1 + (cfg.seeds or (5 if cfg.world == "tiny" else 1))):
+        work.append([command for command in commands(World(cfg.world, seed)) if command not in everything])
+        everything += work[-1]
+    if not everything:
         raise UserError(f"--world={cfg.world} has nothing of this: give --world=paper")
-    for command in (command for seed in work for command in seed):
-        if cfg.limit and command[0] in MEASURES:
+    made = [f.removeprefix("--out=") for command in everything for f in command if f.startswith("--out=")]
+    for command in everything:
+        if cfg.limit and command[0] != "distill.py":
             command.append(f"--limit={cfg.limit}")
-        made += [f.removeprefix("--out=") for f in command if f.startswith("--out=")]
     failed = threading.Event()
 
     def do(seed: list[Command]) -> None:
         for command in seed:
-            if failed.is_set():  # a seed that fails stops the others, behind their present command
+            if failed.is_set():  # a seed that fails stops the others after their present command
                 return
             try:
                 call(command, cfg.dry_run)
@@ -122,7 +120,7 @@ def go(cfg: Config, commands: Callable[[World], Iterator[Command]], report: str)
         except BaseException as stop:
             failed.set()
             for process in list(RUNNING) if isinstance(stop, Stopped) else ():
-                process.terminate()  # which saves and ends; a terminal's Ctrl-C it has heard itself
+                process.terminate()  # it saves and ends; a terminal's Ctrl-C it has heard itself
             raise
     call(["report.py", *dict.fromkeys(made), f"--out=out/reproduce/{cfg.world}/{report}"], cfg.dry_run)
 
