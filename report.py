@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
@@ -89,6 +89,7 @@ def read(path: Path) -> Found | None:
 
 
 def recognized(kind: str, path: Path, content: dict) -> Found | None:
+    """The content of a file, if it is one of ours. Raises UserError for what is of another version or other answers."""
     if kind == "training":
         given = content
         model = f"{given['out']}/minillm" if "mix_alpha" in given else None  # of phase 2 alone
@@ -167,7 +168,7 @@ def plain(value) -> str:
     return "/".join(str(value).split("/")[-2:])
 
 
-def grouped(items: Iterable, key: Callable[..., Hashable] = lambda item: item.name) -> dict[Hashable, list]:
+def grouped(items: Iterable, key: Callable = lambda item: item.name) -> dict[object, list]:
     """Items in groups: by name, if no other key is given. The runs of one name differ in their seeds."""
     groups = {}
     for item in items:
@@ -266,7 +267,7 @@ def summary_table(evaluations: list[Found]) -> list[Table]:
 
 
 def result_tables(evaluations: list[Found]) -> list[Table]:
-    """One for each set: every metric of each model, and the paper's Rouge-L where it has that model."""
+    """For each set every metric of each model, and the paper's Rouge-L where it has that model."""
     tables = []
     for name, items in by_data(evaluations).items():
         metrics = [metric for metric in METRICS if any(metric in item.content["scores"] for item in items)]
@@ -289,7 +290,7 @@ def result_tables(evaluations: list[Found]) -> list[Table]:
 
 
 def run_tables(evaluations: list[Found]) -> list[Table]:
-    """Behind the spread over runs: valid, or else Rouge-L, and reverse KL on each set, with a column for each seed."""
+    """What the spread is made of: valid, or else Rouge-L, and reverse KL on each set, with a column for each seed."""
     tables, seed_of = [], lambda item: int((re.findall(r"(?:^|/)seed-(\d+)(?=/)", item.model) or ["0"])[-1])
     for name, items in by_data(evaluations).items():
         runs = {label: {seed_of(item): item.content["scores"] for item in group}
@@ -312,9 +313,9 @@ def tested(trainings: Iterable[Found], evaluations: Sequence[Found], method: str
     for name, group in grouped(trainings).items():
         models = {str(Path(item.model).with_name(method)) for item in group}
         data = group[0].content.get("test_data") or group[0].content["data"]
-        found = [item for item in evaluations if item.model in models and item.data == data]
-        results[name] = [item for item in found if not differing([item, found[0]])]
-    return {name: found for name, found in results.items() if found}
+        if found := [item for item in evaluations if item.model in models and item.data == data]:
+            results[name] = [item for item in found if not differing([item, found[0]])]
+    return results
 
 
 def comparison(trainings: list[Found], evaluations: list[Found]) -> list[Table]:
