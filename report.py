@@ -72,6 +72,9 @@ KINDS = {"results.json": "evaluation", "run.json": "training", "exposure.json": 
          "calibration.json": "calibration"}
 # settings that do not change what is measured, or only add to it
 UNCHANGED = {"out", "device", "batch_size", "capture", "dtype", "data", "model", "files"}
+NEEDED = {"evaluation": ("scores", "parameters", "prompts", "seconds", "rouge_l_by_length"), "calibration": ("tasks",),
+          "exposure": ("ex_acc_err", "low", "high"), "judge": ("kind", "judged", "unscored"),
+          "training": ("data", "teacher", "divergence", "source", "long_term")}
 LEFT_OUT = {"training": FREE | {"seed", "command", "bytes", "checksums"},
             "evaluation": UNCHANGED | {"teacher", "corpus"}}
 
@@ -100,6 +103,8 @@ def recognized(kind: str, path: Path, content: dict) -> Found | None:
         return None
     if "command" not in content:
         raise UserError(f"{path} was made by an earlier version, and lacks what a report needs: make it anew")
+    if lacking := set(NEEDED[kind]) - content.keys():
+        raise LookupError(lacking)
     if kind == "judge":  # of the evaluation whose answers were judged, if it is one
         files = samples(model), path.parent / "samples.jsonl"
         answers = next((file for file in files if file.is_file()), None)

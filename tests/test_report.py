@@ -194,6 +194,13 @@ def test_folders_that_hold_nothing(tmp_path):
     refused(lambda: find([str(tmp_path)]), "results.json is not JSON")
 
 
+@pytest.mark.parametrize("name", report.KINDS)
+def test_a_result_that_lacks_a_part_is_named(tmp_path, name):
+    given = {"model": "out/x", "mix_alpha": 0.2, "out": "out/x"}
+    (tmp_path / name).write_text(json.dumps({"command": "x", "given": given} | given))
+    refused(lambda: find([str(tmp_path)]), f"{name} is not as the commands write it")
+
+
 def test_the_sft_of_the_same_size():
     assert report.sft_of("KD-gpt2-340M") == "sft-gpt2-340m" and report.sft_of("start/seqkd") == "start/sft"
     assert report.sft_of("start/init") == "start/sft" and report.sft_of("some/model") is None
