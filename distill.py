@@ -280,7 +280,7 @@ class Config:
 PAPER = dict(teacher="gpt2-xl", student="gpt2", data="dolly", corpus="openwebtext", baselines="", steps=5000, lr=5e-6,
              warmup_steps=100, pt_coef=1.0, max_prompt_tokens=256, max_tokens=512, eval_every=320, valid_limit=1000,
              select="rouge_l", turns=4, micro_batch=8, sample_batch=64, log_every=1, dtype="auto")
-# What the released code computes; see "Where we differ" in the README.
+# What the released code computes; reproduce/README.md has it in words.
 OFFICIAL = dict(gamma=0.95, return_from="current", whiten="all", reward_scale=2.0, reward_clip=100.0,
                 weight_single=False, normalize="token", pt_kd=0.5)
 # The supervised stages of the built-in world. A reference there is one of very many right answers, and Rouge-L with it

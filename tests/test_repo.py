@@ -63,13 +63,13 @@ def test_every_flag_is_read(name):
 
 def commands(text: str) -> set[str]:
     """The commands of a text: `python FILE.py ...`, or torchrun's, without what is told of them at their right."""
-    before = r"(?m)(?:^|`|\s{2,})(?:torchrun \S+|(?:OMP_NUM_THREADS=1 )?python)"
+    before = r"(?m)(?:^|`|\s{2,})(?:torchrun(?: --\S+)+|(?:OMP_NUM_THREADS=1 )?python)"
     found = re.findall(before + r" ((?:reproduce/)?\w+\.py[^`\n]*)", text)
     return {re.split(r"\s{3,}|;|\s+#", line)[0].rstrip(",. ") for line in found}
 
 
-SCRIPTS = [path.read_text(encoding="utf-8") for path in (*(ROOT / "reproduce").glob("*.py"),
-                                                         *(ROOT / "exercises").glob("*.md"))]
+SCRIPTS = [path.read_text(encoding="utf-8") for pattern in ("reproduce/*.py", "*/*.md", "results/*/README.md")
+           for path in ROOT.glob(pattern)]
 
 
 @pytest.mark.parametrize("command", sorted(commands("\n".join([README, *SOURCE.values(), *SCRIPTS]))))
@@ -112,8 +112,8 @@ def test_every_metric_of_the_log_has_its_sentence():
 
 
 def test_the_promises_name_tests_that_exist():
-    section = README.split("## What it promises")[1].split("\n## ")[0]
-    places = re.findall(r"`tests/(\w+)\.py`: ((?:`\w+`(?:, )?)+)", section)
+    promises = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    places = re.findall(r"`tests/(\w+)\.py`: ((?:`\w+`(?:, )?)+)", promises)
     assert len(places) >= 12
     for file, names in places:
         source = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
