@@ -18,11 +18,14 @@ from conftest import random_gpt, refused, weights
 import config
 import data
 import distill
+import plan
 import teacher as supervised
 from config import Stopped, UserError, held, make
 from model import KVCache, intact, load, save
+from plan import measure
 from sample import sample, turns, uniforms
 
+pytestmark = pytest.mark.usefixtures("few_rows")
 KILLS = int(os.environ.get("MINILLM_KILLS", 3))
 # every stage of the built-in world at a few updates
 SMALL = dict(preset="tiny", teacher="1x2x12", student="1x2x8", baselines="seqkd", steps=8, warmup_steps=0, rollouts=8,
@@ -30,6 +33,8 @@ SMALL = dict(preset="tiny", teacher="1x2x12", student="1x2x8", baselines="seqkd"
 
 
 def shorten(monkeypatch) -> None:
+    """Few updates, and a plan by costs that are not measured."""
+    monkeypatch.setattr(plan, "measure", lambda *given: plan.Measured(*[1e-6] * 8))
     for name in ("TINY_TEACHER", "TINY_INIT", "TINY_BASELINE"):
         few = dict(evals=2) | (dict(updates=6) if name != "TINY_BASELINE" else {})
         monkeypatch.setattr(distill, name, getattr(distill, name) | few)
@@ -43,7 +48,7 @@ def small(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, few_rows):
     """The folder of the small run, uninterrupted."""
     out = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -279,7 +284,7 @@ def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch, capsys):
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 def test_out_of_memory_halves_the_micro_batch_and_changes_no_more(small, finished, tmp_path, monkeypatch, capsys):
-    """In phase 2 and in a supervised stage: as if the GPU had room for two samples at most."""
+    """In phase 2, in a supervised stage and where the plan measures: as if the GPU had room for two samples at most."""
     forward, tried = supervised.GPT.forward, set()
 
     def too_many(model, tokens, *more, **settings):
@@ -290,6 +295,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_more(small, finishe
         return forward(model, tokens, *more, **settings)
 
     monkeypatch.setattr(supervised.GPT, "forward", too_many)
+    monkeypatch.setattr(plan, "measure", measure)
     distill.main(small(baselines=""))
     said = capsys.readouterr().out
     assert "--micro_batch=64 is 32 from here on" in said and said.count("out of memory") == 3 * 5

@@ -216,7 +216,7 @@ def test_words_of_special_letters_are_words(model):
 
 # ---- what a run has left --------------------------------------------------------------------------------------------
 
-def test_a_log_that_a_power_cut_has_spoilt_does_not_stop_a_run(tiny_models, tmp_path, monkeypatch):
+def test_a_log_that_a_power_cut_has_spoilt_does_not_stop_a_run(tiny_models, few_rows, tmp_path, monkeypatch):
     settings = dict(model=tiny_models["student"], data="tiny", out=str(tmp_path / "run"), updates=4, evals=2,
                     select="loss", valid_limit=3, max_prompt_tokens=16, max_tokens=44, device="cpu", dtype="float32",
                     resume=True)

@@ -13,6 +13,7 @@ from config import Machine
 from model import GPTConfig, frozen, new_config, save
 from plan import Measured, decode_bytes, frozen_bytes, measure
 
+pytestmark = pytest.mark.usefixtures("few_rows")
 COST = Measured(layer=2.0, output=3.0, layer_forward=0.5, layer_bytes=10.0, step_layer=0.1, step_output=0.2,
                 update_layer=0.3, update_output=0.4)
 

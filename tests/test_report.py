@@ -174,7 +174,7 @@ def test_the_first_prompts_are_shown_though_they_come_again(tmp_path):
     assert "says 0 by 10" in page and "says 1" not in page and "said later" not in page
 
 
-def test_a_run_and_its_exposure_bias(distill_config, tmp_path, capsys):
+def test_a_run_and_its_exposure_bias(distill_config, few_rows, tmp_path, capsys):
     """Through the real commands, at a few updates."""
     cfg = distill_config()
     distill.main(cfg)

@@ -18,6 +18,8 @@ from data import Example, Row
 from model import GPTConfig, load, save
 from teacher import answer_loss, keep_best, schedule
 
+pytestmark = pytest.mark.usefixtures("few_rows")
+
 
 @pytest.fixture
 def config(tiny_models, tmp_path):
