@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import math
 import weakref
+from functools import lru_cache
 from types import SimpleNamespace
 
 import pytest
@@ -17,11 +18,12 @@ import exposure
 import sample as sampling
 import teacher as supervised
 from calibration import label_probabilities
-from config import Stopped, machine, make
+from config import Machine, Stopped, machine, make
 from data import Example, Row
 from model import GPTConfig, frozen, new, trained
 from sample import follow, sample, turns, uniforms
 
+pytestmark = pytest.mark.usefixtures("few_rows")
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU here", allow_module_level=True)
 
@@ -119,9 +121,11 @@ def test_what_does_not_fit_is_tried_with_half(m, capsys):
 
 @pytest.mark.parametrize("more", [dict(capture=True, dtype=HALF), dict(
     turns=2, dtype="float16", recompute=True, pt_kd=0.5, weight="exact")], ids=["capture", "turns"])
-def test_phase_2_from_end_to_end(distill_config, more):
-    """With its plan before, and the final evaluation."""
-    rows = distill.main(distill_config(device="cuda", **more))
+def test_phase_2_from_end_to_end(distill_config, more, monkeypatch):
+    """With its plan before, which here measures each thing once, and the final evaluation."""
+    seconds = lru_cache(maxsize=1)(Machine.seconds)
+    monkeypatch.setattr(Machine, "seconds", lambda m, function: seconds(m, function))
+    rows = distill.main(distill_config(device="cuda", sample_batch=16, **more))
     assert len(rows) == 3 and all(math.isfinite(row["loss"]) and math.isfinite(row["reverse_kl"]) for row in rows)
 
 
