@@ -2,6 +2,10 @@
 
 import json
 import multiprocessing
+import os
+import pickle
+from multiprocessing.context import ForkContext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,16 +17,36 @@ SMALL = dict(student="1x2x8", teacher="2x2x16", batch=2, prompt_tokens=4, respon
              rollouts=4, inner_epochs=2, pt_tokens=5, micro_batch=1, device="cpu", dtype="float32")
 
 
-def test_a_part_prints_one_line_for_each_length_beside_its_peer(capsys, tmp_path):
+def test_a_part_prints_one_line_for_each_length_beside_its_peer(capfd, tmp_path, monkeypatch):
+    """What it takes of the machine is taken once, and in half a second as it were; the processes are forks, which have
+    imported everything: what a new one would be sent is looked at."""
     pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")
     figure = tmp_path / "growth.svg"
     several = dict(response_tokens="3,4", parts="cycle", pt_tokens=0, against="transformers", figure=str(figure))
-    cfg = bench.Config(**SMALL | several)
+    cfg, run, timed, fork = bench.Config(**SMALL | several), bench.Machine.seconds, set(), ForkContext()
+
+    def seconds(m, function):
+        if os.getpid() != here:  # of a side
+            return run(m, function)
+        if function.__code__ not in timed:
+            timed.add(function.__code__)
+            function()
+        return 0.5
+
+    def process(target, args, daemon):
+        assert pickle.loads(pickle.dumps((target, args[:-1])))
+        return fork.Process(target=target, args=args, daemon=daemon)
+
+    here, asked = os.getpid(), []
+    monkeypatch.setattr(bench.Machine, "seconds", seconds)
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda kind: asked.append(kind) or SimpleNamespace(
+        Pipe=fork.Pipe, Process=process))
     lines = bench.main(cfg)
-    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    printed = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert printed[1:] == lines and [line["response_tokens"] for line in lines] == [3, 4]
-    assert printed[0]["gflops"] > 0 and printed[0]["read_gb_per_s"] > 0
+    assert printed[0]["gflops"] == round(2 * 2048**3 / 0.5 / 1e9) and len(timed) == 2 and asked == ["spawn"] * 2
+    assert printed[0]["read_gb_per_s"] == round(2**28 / 0.5 / 1e9, 1)
     for line in lines:
         assert line["seconds"] > 0 and line["ratio"] > 0 and line["peak_gib"] > 0 and line["peer_peak_gib"] > 0
         assert set(line["seconds_by_part"]) == {"decode", "gradient", "optimizer"}

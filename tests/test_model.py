@@ -1,10 +1,11 @@
 """GPT-2 against `transformers`, against itself with cache and padding, and against files in every form in use."""
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import threading
+import time
 import weakref
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +16,7 @@ from conftest import random_gpt, refused
 from safetensors.torch import save_file
 
 import model
-from config import Machine
+from config import Machine, UserError
 from model import (
     GPTConfig,
     KVCache,
@@ -59,13 +60,11 @@ def logits(gpt, tokens, **more):
 # ---- the forward pass -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("shape", [
-    dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, n_positions=1024),  # gpt2, whole
-    dict(n_layer=2, n_head=16, n_embd=1024, vocab_size=50257, n_positions=1024),  # gpt2-medium, 2 of 24 layers
-    dict(n_layer=2, n_head=20, n_embd=1280, vocab_size=50257, n_positions=1024),  # gpt2-large, 2 of 36
-    dict(n_layer=1, n_head=25, n_embd=1600, vocab_size=50257, n_positions=1024),  # gpt2-xl, 1 of 48
-    dict(n_layer=3, n_head=3, n_embd=15, vocab_size=7, n_positions=11),
+    dict(n_layer=2, n_head=12, n_embd=768, n_positions=1024),  # gpt2, 2 of 12 layers
+    dict(n_layer=1, n_head=25, n_embd=1600),  # gpt2-xl, 1 of 48
+    dict(n_layer=12, n_head=3, n_embd=15, vocab_size=7, n_positions=11),
     dict(n_layer=1, n_head=1, n_embd=8, layer_norm_epsilon=0.1),
-], ids=["gpt2", "medium", "large", "xl", "odd", "epsilon"])
+], ids=["gpt2", "xl", "deep", "epsilon"])
 def test_logits_equal_transformers(shape, tmp_path):
     theirs = their_gpt(tmp_path, **shape)
     ours = load(str(tmp_path))
@@ -443,31 +442,38 @@ class Hub(SimpleHTTPRequestHandler):
         pass
 
 
+def ask_the_hub(names: tuple[str, ...], env: dict[str, str], pipe) -> None:
+    """In a process of its own, for the client reads HF_ENDPOINT when it is imported."""
+    os.environ.update(env)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        del sys.modules[name]
+    time.sleep = lambda seconds: None  # the client asks a broken hub again for half a minute
+    for name in names:
+        try:
+            pipe.send(f"{name} {load(name).wte.weight.sum().item()}")
+        except UserError as error:
+            pipe.send(str(error))
+
+
 def test_the_hub_its_cache_and_its_failures(tmp_path):
-    """In a process of its own: the client reads HF_ENDPOINT when it is imported."""
-    folder = tmp_path / "hub" / "owner" / "name"
+    fork, folder = multiprocessing.get_context("fork"), tmp_path / "hub" / "owner" / "name"
     folder.mkdir(parents=True)
     gpt = random_gpt()
     save(gpt, folder)
     server = ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: Hub(*a, directory=str(tmp_path / "hub")))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, time, model\n"
-        "time.sleep = lambda seconds: None  # the client asks a broken hub again for half a minute\n"
-        "for name in sys.argv[1:]:\n"
-        "    try:\n"
-        "        print(name, model.load(name).wte.weight.sum().item())\n"
-        "    except model.UserError as error:\n"
-        "        print(error)\n")
-    env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
-                        "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(Path(model.__file__).parent)}
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
+           "HF_HUB_DISABLE_XET": "1"}
 
     def run(*names, **more):
-        done = subprocess.run([sys.executable, script, *names], env=env | more, capture_output=True, text=True,
-                              timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
+        ours, theirs = fork.Pipe()
+        process = fork.Process(target=ask_the_hub, args=(names, env | more, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        said = [ours.recv() for _ in names if ours.poll(120)]
+        process.join(120)
+        assert process.exitcode == 0
+        return said
 
     found, gated, absent, broken = run("owner/name", "owner/gated", "owner/absent", "owner/broken")
     assert found == f"owner/name {gpt.wte.weight.sum().item()}"
