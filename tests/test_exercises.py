@@ -1,6 +1,7 @@
 """The exercises: what is given fails as unsolved, the project's own functions pass, and each likely slip is named."""
 
 import importlib
+import json
 import math
 import shutil
 import subprocess
@@ -165,20 +166,36 @@ ENDLESS = "def solve(*arguments):\n    while True:\n        pass\n"
 FLOOD = "def solve(*arguments):\n    while True:\n        print('x' * 10**6, flush=True)\n"
 
 
+GIVEN = (FOLDER / "07_length_norm.py").read_text()
+
+
+def written(answer: str) -> str:
+    return GIVEN.replace("    raise NotImplementedError  # yours", f"    {answer}")
+
+
+SOLVED = written("from distill import future_reward\n    return future_reward(reward * response_mask, response_mask)")
+COPIED = GIVEN.split("def spec(")[1].split("def solve(")[0].rsplit('"""\n    ', 1)[1]
+
+
+@pytest.mark.parametrize("source, state, words", [
+    (SOLVED, "solved", ""), (GIVEN, "unsolved", "NotImplementedError"), ("import sys\nsys.exit(0)\n", "error", "Exit"),
+    (written("return spec(reward, response_mask)"), "error", "spec is the task"), ("solve = (\n", "error", "Syntax"),
+    (written("# my own\n    " + COPIED), "error", "word for word"),
+    (f"{GIVEN}\n\ndef solve(reward, response_mask):\n    {COPIED}", "error", "word for word"),
+    ("def solve(reward, response_mask):\n    return reward\n", "wrong", "")],
+    ids=["solved", "given", "exits", "spec", "syntax", "copied", "copied behind", "wrong"])
+def test_the_verdict_on_a_students_file(source, state, words, tmp_path):
+    (tmp_path / "07_length_norm.py").write_text(source)
+    course.judge("07_length_norm", str(tmp_path / "07_length_norm.py"), str(tmp_path / "verdict"))
+    found, message = json.loads((tmp_path / "verdict").read_text())
+    assert found == state and words in message
+
+
 def test_the_table_of_a_class(tmp_path, monkeypatch, capsys):
-    """One who has solved it, one who has not begun, and others whose code must not stop the table."""
+    """One who has solved it, one without a file, and others whose code must not stop the table."""
     name = "07_length_norm"
     monkeypatch.setattr(course, "EXERCISES", [name])
-    given = (FOLDER / f"{name}.py").read_text()
-    write = lambda answer: given.replace("    raise NotImplementedError  # yours", f"    {answer}")
-    solved = write("from distill import future_reward\n    return future_reward(reward * response_mask, response_mask)")
-    copied = given.split("def spec(")[1].split("def solve(")[0].rsplit('"""\n    ', 1)[1]
-    students = {"anna": solved, "ben": given, "carl": write("return spec(reward, response_mask)"),
-                "kim": write("# my own\n    " + copied),
-                "dora": "raise ValueError('no')\n", "hugo": None, "finn": "import sys\nsys.exit(0)\n",
-                "gita": "import os\nos._exit(3)\n", "jan": "solve = (\n",
-                "ida": "def solve(reward, response_mask):\n    return reward\n",
-                "lea": f"{given}\n\ndef solve(reward, response_mask):\n    {copied}"}
+    students = {"anna": SOLVED, "dora": "raise ValueError('no')\n", "hugo": None, "gita": "import os\nos._exit(3)\n"}
     for student, source in students.items():
         (tmp_path / student).mkdir()
         if source is not None:
@@ -186,21 +203,18 @@ def test_the_table_of_a_class(tmp_path, monkeypatch, capsys):
     folders = tuple(str(tmp_path / student) for student in students)
     rows = course.main(course.Config(folders, csv=str(tmp_path / "class.csv"), seconds=300, jobs=2))
     states = {Path(folder).name: verdicts[0][0] for folder, verdicts in rows.items()}
-    assert states == {"anna": "solved", "ben": "unsolved", "carl": "error", "dora": "error", "finn": "error",
-                      "gita": "error", "hugo": "missing", "ida": "wrong", "jan": "error", "kim": "error",
-                      "lea": "error"}
+    assert states == {"anna": "solved", "dora": "error", "gita": "error", "hugo": "missing"}
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 + len(students) and "1/1" in printed
     csv = (tmp_path / "class.csv").read_text().splitlines()
     assert csv[0] == "folder,exercise,state,message" and len(csv) == 1 + len(students)
-    assert "spec is the task" in csv[3] and "word for word" in csv[4] and "ValueError: no" in csv[5]
-    assert "exit code 3" in csv[8]
+    assert "ValueError: no" in csv[2] and "exit code 3" in csv[4]
 
 
-@pytest.mark.parametrize("source", [ENDLESS, FLOOD], ids=["endless", "flood"])
-def test_what_does_not_end_is_stopped(source, tmp_path):
-    (tmp_path / "07_length_norm.py").write_text(source)
+def test_what_does_not_end_is_stopped_and_floods_no_terminal(tmp_path, capfd):
+    (tmp_path / "07_length_norm.py").write_text(FLOOD)
     assert course.verdict_on(tmp_path, "07_length_norm", 5.0)[0] == "too long"
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_signal_ends_the_class_and_what_it_has_started(tmp_path):
