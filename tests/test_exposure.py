@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from conftest import change_weights, random_gpt, refused
 import exposure
 from exposure import errors, excess
 from model import save
+from sample import follow
 
 
 def test_by_hand():
@@ -46,11 +48,12 @@ def exact(student, teacher, prompt, speaker, T, vocab):
     return np.array(means)
 
 
-def test_sampling_gives_what_enumeration_does(m):
+def test_sampling_gives_what_enumeration_does(m, monkeypatch):
     student, teacher = random_gpt(3, vocab_size=4, eos_token_id=3), random_gpt(4, vocab_size=4, eos_token_id=3)
     prompt, n, T = [1, 2], 40_000, 3
     along_q, along_p = (exact(student, teacher, prompt, gpt, T, 4) for gpt in (student, teacher))
     assert abs(along_q - along_p)[1:].min() > 0.01  # else the test could not tell them apart
+    monkeypatch.setattr(exposure, "follow", partial(follow, batch_size=n))
     totals = errors(student, teacher, [prompt] * n, 1, T, m, batch_size=n)
     R, eps, ex_acc_err = excess(totals)
     spread = [np.array([totals[at][totals[at + 1][:, t] > 0, t].std() for t in range(T)]) for at in (0, 2)]

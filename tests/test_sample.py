@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -29,14 +30,20 @@ def rescored(gpt, prompt, answer):
     return gpt.logits(hidden).log_softmax(-1), hidden
 
 
+@cache
+def draws():
+    return uniforms(0, range(40_000), 2)
+
+
 @pytest.mark.parametrize("by_turns", [False, True])
 @pytest.mark.parametrize("mix_alpha", [0.0, 0.3, 1.0])
 def test_answers_come_with_the_frequencies_of_eq_4(mix_alpha, by_turns, m):
     """All answers of two tokens from a vocabulary of five, 40,000 times, against their exact probabilities."""
     student, teacher = pair(vocab_size=5, eos_token_id=4)
-    n, prompt = 40_000, [1, 2]
+    uniform, prompt = draws(), [1, 2]
+    n = len(uniform)
     turn = torch.cat([turns(0, i, [0], 2, mix_alpha, 1) for i in range(n)]) if by_turns else None
-    rollout = sample(student, [prompt] * n, uniforms(0, range(n), 2), m, teacher, mix_alpha, batch_size=n, turn=turn)
+    rollout = sample(student, [prompt] * n, uniform, m, teacher, mix_alpha, batch_size=n, turn=turn)
     answers, counts = np.unique([(a + [-1])[:2] for a in rollout.answers], axis=0, return_counts=True)
     expected = {}
     for first in range(5):
