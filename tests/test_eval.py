@@ -103,12 +103,12 @@ def test_diversity_is_of_a_seed_and_of_a_prompt(tiny_models, m, monkeypatch):
 
 
 def test_many_answers_are_scored_by_several_processes(monkeypatch):
-    pairs = [(f"the cat sat {n}", ("the cat", f"a dog {n}")) for n in range(40)]
+    pairs = [("the cat" + " sat" * n, ("the cat", f"a dog {n}")) for n in range(40)]
     alone = evaluation.score_all(pairs)
     monkeypatch.setattr(evaluation, "MANY", 10)
     fork, asked = multiprocessing.get_context("fork"), []  # which has imported everything
     monkeypatch.setattr(evaluation.multiprocessing, "get_context", lambda kind: asked.append(kind) or fork)
-    assert evaluation.score_all(pairs) == alone and len({s["rouge_l"] for s in alone}) == 1 and asked == ["spawn"]
+    assert evaluation.score_all(pairs) == alone and len({s["rouge_l"] for s in alone}) == 40 and asked == ["spawn"]
 
 
 def test_right_answers_are_counted_only_if_they_end(tiny_models, m, monkeypatch):
