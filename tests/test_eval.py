@@ -111,6 +111,16 @@ def test_many_answers_are_scored_by_several_processes(monkeypatch):
     assert evaluation.score_all(pairs) == alone and len({s["rouge_l"] for s in alone}) == 40 and asked == ["spawn"]
 
 
+def test_results_do_not_outlive_their_answers(m, tmp_path, monkeypatch):
+    """Were the disk full once the new answers are written, the old results beside them would be of others."""
+    path = tmp_path / "results.json"
+    evaluation.keep({"of": "old"}, path, m, "samples.jsonl", [{"answer": "old"}])
+    monkeypatch.setattr(evaluation, "write_json", lambda path, value: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        evaluation.keep({"of": "new"}, path, m, "samples.jsonl", [{"answer": "new"}])
+    assert "new" in (tmp_path / "samples.jsonl").read_text() and not path.exists()
+
+
 def test_right_answers_are_counted_only_if_they_end(tiny_models, m, monkeypatch):
     tokenizer = data.world_tokenizer()
     examples = data.load_examples("tiny", "test", tokenizer, 64, 64, lambda *words: None)[:4]

@@ -228,8 +228,8 @@ def test_limit_takes_the_first_prompts_of_every_seed(config, server):
 
 
 def test_another_judge_or_rival_has_a_file_of_its_own(config, tmp_path):
-    """Two runs of distill.py differ in the folders above test/minillm only."""
-    rivals = [write(tmp_path / run / "test" / "minillm", ROWS) for run in "ab"]
+    """Two runs of distill.py differ in the folders above test/minillm only, and those perhaps by a space."""
+    rivals = [write(tmp_path / run / "test" / "minillm", ROWS) for run in ("a b", "a-b")]
     settings = [{}, {"judge": "org/other model"}, {"against": rivals[0]}, {"against": rivals[1]}]
     results = [judge.main(config(**given)) for given in settings]
     files = [Path(config().answers) / judge.file_of(config(**given)) for given in settings]
