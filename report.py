@@ -476,7 +476,8 @@ def training_figure(trainings: list[Found], width: int) -> list[Figure]:
     panels = {name: {} for name in CURVES}
     for label, group in grouped(items).items():
         for name, panel in panels.items():
-            x, y, _, _ = over_runs(curve(item.path.with_name("log.jsonl"), name) for item in group)
+            runs = [item for item in group if name != "loss_pt" or item.content.get("pt_coef")]  # else 0 is logged
+            x, y, _, _ = over_runs(curve(item.path.with_name("log.jsonl"), name) for item in runs)
             if len(x):
                 panel[label] = (x, smooth(y, width) if len(x) > 2 * width else y)
 
@@ -484,8 +485,8 @@ def training_figure(trainings: list[Found], width: int) -> list[Figure]:
         axis.plot(*what, line, color=color, label=label, marker="" if len(what[0]) > 2 * width else ".")
         axis.set_xlabel("update", fontsize=8)
 
-    about = (f"Figure 8 among them. Means over runs of different seeds, and over {width} updates where there are more "
-             "than twice as many; else each update, or each validation, is a point.")
+    about = (f"The first panel is Figure 8. Means over runs of different seeds and, where there are more than "
+             f"{2 * width} updates, over {width} of them; else each update, or each validation, is a point.")
     return draw("Training", about, "training", panels, items, paint)
 
 

@@ -65,6 +65,15 @@ def test_runs_are_grouped_over_seeds_and_told_by_what_differs(tmp_path):
     assert report.sweep_figure(runs[:1], results) == []
 
 
+def test_a_loss_that_was_not_computed_is_not_drawn_as_none(tmp_path):
+    """Without plain text a run logs a loss_pt of 0."""
+    for name, pt_coef in (("with", 0.2), ("without", 0.0)):
+        training(tmp_path / name, f"out/{name}", pt_coef=pt_coef)
+        (tmp_path / name / "minillm" / "log.jsonl").write_text('{"step": 1, "reverse_kl": 2.0, "loss_pt": 0.0}\n')
+    (figure,) = report.training_figure(find([str(tmp_path)]), 32)
+    assert [*figure.panels["loss_pt"]] == ["with/minillm"] and len(figure.panels["reverse_kl"]) == 2
+
+
 def test_two_evaluations_of_one_model_are_one_row(tmp_path):
     """Of another set nothing is mixed in; of the same set, what the second measured besides is added."""
     run_of(tmp_path, 1, "start", 90.0)
