@@ -72,9 +72,12 @@ KINDS = {"results.json": "evaluation", "run.json": "training", "exposure.json": 
          "calibration.json": "calibration"}
 # settings that do not change what is measured, or only add to it
 UNCHANGED = {"out", "device", "batch_size", "capture", "dtype", "data", "model", "files"}
-NEEDED = {"evaluation": ("scores", "parameters", "prompts", "seconds", "rouge_l_by_length"), "calibration": ("tasks",),
-          "exposure": ("ex_acc_err", "low", "high"), "judge": ("kind", "judged", "unscored"),
-          "training": ("data", "teacher", "divergence", "source", "long_term")}
+NEEDED = {  # of a file, by its kind as judge.py calls it, and of parts of it
+    "evaluation": {"data", "scores", "parameters", "prompts", "seconds", "peak_gib", "rouge_l_by_length"},
+    "training": {"data", "teacher", "divergence", "source", "long_term"}, "exposure": {"ex_acc_err", "low", "high"},
+    "calibration": {"tasks"}, "task": {"accuracy", "majority", "ece", "bins"},
+    "reference": {"judged", "unscored", "score", "interval"}, "pairwise": {"judged", "unscored", "win", "tie", "loss"},
+    "judge's flags": {"judge", "against"}}
 LEFT_OUT = {"training": FREE | {"seed", "command", "bytes", "checksums"},
             "evaluation": UNCHANGED | {"teacher", "corpus"}}
 
@@ -84,10 +87,11 @@ def read(path: Path) -> Found | None:
     kind = "judge" if path.name.startswith("judge") else KINDS.get(path.name)
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if kind else None
-        return recognized(kind, path, content) if isinstance(content, dict) else None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is not JSON: remove it, and run again what wrote it") from None
-    except (LookupError, TypeError, AttributeError, RecursionError):
+    try:
+        return recognized(kind, path, content) if isinstance(content, dict) else None
+    except (LookupError, TypeError, AttributeError):
         raise UserError(f"{path} is not as the commands write it: remove it, or make it anew") from None
 
 
@@ -103,8 +107,11 @@ def recognized(kind: str, path: Path, content: dict) -> Found | None:
         return None
     if "command" not in content:
         raise UserError(f"{path} was made by an earlier version, and lacks what a report needs: make it anew")
-    if lacking := set(NEEDED[kind]) - content.keys():
-        raise LookupError(lacking)
+    parts = [(content.get("kind", kind), content), *(("task", task) for task in content.get("tasks", {}).values())]
+    if kind == "judge":
+        parts.append(("judge's flags", given))
+    if any(NEEDED[name] - part.keys() for name, part in parts):
+        raise LookupError
     if kind == "judge":  # of the evaluation whose answers were judged, if it is one
         files = samples(model), path.parent / "samples.jsonl"
         answers = next((file for file in files if file.is_file()), None)

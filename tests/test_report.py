@@ -12,7 +12,7 @@ from conftest import refused
 import distill
 import exposure
 import report
-from config import checksum
+from config import UserError, checksum
 from report import comparison, curve, differing, figure_of, find, result_tables, smooth
 
 SETTINGS = ("no_repeat_ngram", "limit", "split", "weights")
@@ -203,11 +203,48 @@ def test_folders_that_hold_nothing(tmp_path):
     refused(lambda: find([str(tmp_path)]), "results.json is not JSON")
 
 
-@pytest.mark.parametrize("name", report.KINDS)
-def test_a_result_that_lacks_a_part_is_named(tmp_path, name):
-    given = {"model": "out/x", "mix_alpha": 0.2, "out": "out/x"}
-    (tmp_path / name).write_text(json.dumps({"command": "x", "given": given} | given))
-    refused(lambda: find([str(tmp_path)]), f"{name} is not as the commands write it")
+def calibrated() -> dict:
+    task = {"accuracy": 60.0, "majority": 50.0, "ece": 0.1, "bins": [{"low": 0.5, "count": 2, "confidence": 0.6,
+                                                                     "accuracy": 0.5}]}
+    return {"command": "x", "given": {"model": "out/m"}, "tasks": {"boolq": task}}
+
+
+def exposed() -> dict:
+    given, curve = {"model": "out/m"}, [0.0, 1.0]
+    return {"command": "x", "given": given, "data": "dolly", "ex_acc_err": curve, "low": curve, "high": curve}
+
+
+def judged(**verdict) -> dict:
+    given = {"answers": "out/a/dolly", "against": None, "judge": "gpt-4"}
+    return {"command": "x", "given": given, "judged": 5, "unscored": 1} | verdict
+
+
+@pytest.mark.parametrize("name, content", [
+    ("results.json", None), ("run.json", None), ("calibration.json", calibrated()), ("exposure.json", exposed()),
+    ("judge.json", judged(kind="reference", score=44.7, interval=[40.0, 50.0])),
+    ("judge-b.json", judged(kind="pairwise", win={"percent": 60.0}, tie={"percent": 10.0}, loss={"percent": 30.0}))])
+def test_a_result_that_lacks_a_part_is_named(tmp_path, name, content):
+    """Whatever is taken away, there is a report or one line; flags, and the parts of a task, are taken away too."""
+    if name == "results.json":
+        evaluation(tmp_path, "out/m", "dolly")
+    elif name == "run.json":
+        training(tmp_path, "out/x")
+    else:
+        (tmp_path / name).write_text(json.dumps(content))
+    (path,) = tmp_path.rglob(name)
+    whole, told = json.loads(path.read_text()), 0
+    make = lambda: report.main(report.Config((str(tmp_path),), out=str(tmp_path / "report")))
+    make()
+    task = whole.get("tasks", {}).get("boolq", {})
+    without = lambda part: [{key: value for key, value in part.items() if key != gone} for gone in part]
+    less = without(whole) + [whole | {"given": given} for given in without(whole.get("given", {}))]
+    for content in less + [whole | {"tasks": {"boolq": part}} for part in without(task)]:
+        path.write_text(json.dumps(content))
+        try:
+            make()
+        except UserError as error:
+            told += f"{name} is not as the commands write it" in str(error)
+    assert told >= len(report.NEEDED[whole.get("kind", report.KINDS.get(name))]) and (told >= 4 or not task)
 
 
 def test_the_sft_of_the_same_size():
