@@ -142,7 +142,8 @@ def not_finite(value) -> bool:
 
 
 def agree(given, wanted, tolerance: float) -> bool:
-    """As same(), but where a tensor is all finite, inf or NaN in the other is passed over."""
+    """As same(), of two answers of one form(), but where a tensor is all finite, inf or NaN in the other is passed
+    over."""
     if isinstance(wanted, tuple):
         return all(agree(g, w, tolerance) for g, w in zip(given, wanted))
     if isinstance(wanted, Tensor) and not not_finite(wanted):

@@ -134,11 +134,11 @@ def test_only_what_is_read_is_made_in_the_last_layer(where, recompute):
     assert everywhere == 10 and read == some.numel() // 8 < 10
 
 
-@pytest.mark.parametrize("chunk", [100, 3, [4, 1, 5]])
-def test_chunks_taken_backward_at_once_change_nothing(chunk):
-    """Values and gradients in float64, of the embedding too, against the whole taken backward at the end; and logits
-    are made once for each row."""
-    gpt, tokens = random_gpt().double(), torch.arange(10)[None]
+@pytest.mark.parametrize("chunk, vocab_size", [(100, 11), (3, 11), ([4, 1, 5], 11), (3, 5000)])
+def test_chunks_taken_backward_at_once_change_nothing(chunk, vocab_size):
+    """Values and gradients in float64, of the embedding too, also of one that is added up in several pieces, against
+    the whole taken backward at the end; and logits are made once for each row."""
+    gpt, tokens = random_gpt(vocab_size=vocab_size).double(), torch.arange(10)[None]
     weights, made = torch.arange(10.0, dtype=torch.float64), []
 
     def terms(head, hidden, weight):
@@ -161,6 +161,14 @@ def test_chunks_taken_backward_at_once_change_nothing(chunk):
         torch.testing.assert_close(one, p.grad, atol=1e-12, rtol=0)
     parts = by_chunks(lambda hidden: terms(gpt.head(), hidden, 1.0), chunk, hidden)
     torch.testing.assert_close(parts[1], values[0], atol=1e-12, rtol=0)
+
+
+def test_the_head_is_less_its_mean_row_however_many_pieces_it_is_made_in():
+    gpt = random_gpt(vocab_size=5000)
+    with torch.autocast("cpu", torch.bfloat16):
+        head = gpt.head()
+    weight = gpt.wte.weight.detach()
+    assert torch.equal(head.detach(), (weight - weight.mean(0)).bfloat16())
 
 
 def test_a_chunk_is_let_go_of_before_the_next_and_before_the_layers():
@@ -285,6 +293,7 @@ def released_form(gpt, dtype=torch.float32, prefix=""):
         tensors[prefix + key] = p.t().contiguous() if key.endswith(model.TRANSPOSED) else p.clone()
     for layer in range(gpt.config.n_layer):
         tensors[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=dtype)
+        tensors[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     return tensors
 
 
