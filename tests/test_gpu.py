@@ -71,7 +71,7 @@ def test_a_recorded_step_is_the_step(m, monkeypatch):
         assert len(caches) == 4 and not any(cache() for cache in caches)  # let go of at once
     finally:
         gc.enable()
-    assert len(recordings) >= 3  # of 5 rows and of fewer, of 128 columns and of more
+    assert 3 <= len(recordings) <= 6  # of 5 rows and of fewer, of 128 columns and of more; not of 60 steps
     assert plain.answers == recorded.answers and recorded.ended.equal(plain.ended)
     mask = plain.response_mask
     for name in ("student_logp", "teacher_logp", "mixed_logp", "teacher_hidden"):
