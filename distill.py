@@ -376,8 +376,8 @@ def accumulate(micro_batch: int, student: GPT, teacher: GPT, rollout: Rollout, r
                scaler: torch.amp.GradScaler) -> tuple[dict, Tensor]:
     """Adds to the student's gradient that of Eq. (7) over some rows of a rollout, and that of L_PT over pieces of plain
     text, `micro_batch` at a time. Returns the sums over tokens of what is logged, and the largest weight."""
-    weight_max = torch.zeros((), device=m.device)
-    sums = dict.fromkeys(("loss_single", "loss_long", "loss_pt", "reverse_kl", "weight", "clipped", "gap"), weight_max)
+    weight_max = zero = torch.zeros((), device=m.device)
+    sums = dict.fromkeys(("loss_single", "loss_long", "loss_pt", "reverse_kl", "weight", "clipped", "gap"), zero)
     backward = lambda loss: scaler.scale(loss / divisor).backward()
     pt_backward = lambda loss: scaler.scale(cfg.pt_coef * loss / pt_divisor).backward()
     for at in range(0, len(rows), micro_batch):

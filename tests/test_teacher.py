@@ -36,6 +36,18 @@ def lines(out):
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
 
+def test_the_gradient_is_that_of_the_mean_over_tokens(config, m):
+    """Not over samples: AdamW would hide the factor, and clipping would not."""
+    gpt, scaler = random_gpt(1).double(), torch.amp.GradScaler("cpu", enabled=False)
+    batch = [Example(Row("a"), [1, 2, 3], [4, 10]), Example(Row("b"), [5], [6, 7, 8, 10])]
+    supervised.accumulate(1, batch, 6, 0, gpt, None, config(), m, scaler)
+    got = [p.grad for p in gpt.parameters()]
+    gpt.zero_grad()
+    (answer_loss(gpt, batch, m)[1] / 6).backward()
+    for one, p in zip(got, gpt.parameters(), strict=True):
+        torch.testing.assert_close(one, p.grad, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("kd_ratio", [0.0, 0.3, 1.0])
 def test_the_loss_is_that_of_the_answer_and_its_end(kd_ratio, m):
     """Against a loop over tokens. The prompt is not in the loss; the end token is."""
