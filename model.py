@@ -94,7 +94,7 @@ class KVCache:
 class PackedLinear(nn.Module):
     """A linear map for inference on a CPU, a GELU behind it if asked for. Its weights (out, in) are reordered once for
     the few rows of a decoding step, which then takes a third of the time in float32, and two thirds in bfloat16. The
-    operations are those that PyTorch's own compiler calls; `fits` says whether they are there."""
+    operations are those that PyTorch's own compiler calls; `fits` says whether they run here."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, gelu: bool = False):
         super().__init__()
@@ -107,8 +107,18 @@ class PackedLinear(nn.Module):
     @staticmethod
     def fits(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> bool:
         wide = config.n_embd >= 256  # below, the call itself costs more
-        there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        return wide and there and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+        return wide and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and runs_packed(dtype)
+
+
+@cache
+def runs_packed(dtype: torch.dtype) -> bool:
+    """Whether this processor and this PyTorch can run PackedLinear. It is tried: with AVX2 alone the operations exist,
+    and fail in bfloat16 once they are called."""
+    try:
+        PackedLinear(torch.zeros(64, 64, dtype=dtype))(torch.zeros(8, 64))
+        return True
+    except (RuntimeError, AttributeError):
+        return False
 
 
 class Block(nn.Module):
