@@ -1,20 +1,16 @@
 """Where tokens come from: instruction sets, the prompt template, tokenizers, plain text, batches.
 
-Paper:    arXiv 2306.08543v4, Section 3.1 and Appendix B: D (Dolly, 1,000 rows for validation), D_PT (OpenWebText) and
-          the evaluation sets. Prompts over 256 tokens and samples over 512 are dropped, and counted aloud.
-Run:      python data.py --data=dolly           what a set holds; also --data=FILE.jsonl, --data=tiny
-Shapes:   B rows, P prompt tokens, T response tokens, S of both.
-Left out: chat templates and several turns (the paper has one template and one turn); sets larger than memory.
+Paper:    arXiv 2306.08543v4, Section 3.1 and Appendix B: D is Dolly, D_PT is OpenWebText. Prompts
+          over 256 tokens and samples over 512 are dropped, and their number is printed.
+Run:      python data.py --data=dolly           shows a set; also --data=FILE.jsonl, --data=tiny
+Shapes:   B rows, P prompt tokens, T response tokens, S of both, D width.
+Left out: chat templates and dialogues; instruction sets that do not fit into memory.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +19,25 @@ import torch
 from torch import Tensor
 
 import world
-from config import Machine, UserError, check, flag, read_json, run, written_aside
-from model import fetch, missing, read_config
+from config import Machine, UserError, check, flag, run, written_aside
+from model import read_config
+from safe.hub import require
+from safe.texts import (END, fields_of_rows, gpt2_tokenizer, text_files, tokenised, tokenizer_files,
+                        words_of)
 
 # The paper's prompt template, verbatim (it is Alpaca's).
 WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n")
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n")
 WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of an instruction set. `ended` is false for a sampled answer that ran out of length."""
+    """A line of an instruction set. `ended` is false for a sampled answer that ran out of room."""
     instruction: str
     input: str = ""
     outputs: tuple[str, ...] = ()
@@ -46,7 +45,8 @@ class Row:
 
     @property
     def prompt_text(self) -> str:
-        return (WITH_INPUT if self.input else WITHOUT_INPUT).format(instruction=self.instruction, input=self.input)
+        template = WITH_INPUT if self.input else WITHOUT_INPUT
+        return template.format(instruction=self.instruction, input=self.input)
 
 
 @dataclass(frozen=True)
@@ -57,155 +57,88 @@ class Example:
     response: list[int]
 
 
-# ---- instruction sets -----------------------------------------------------------------------------------------------
+# ---- instruction sets -------------------------------------------------------------------------
 
-ALL = slice(None)
-# name: dataset on the hub, and for each split its file and the rows used
-HUB_SETS = {
-    "dolly": ("MiniLLM/dolly", {"train": ("raw.jsonl", slice(1000, None)), "valid": ("raw.jsonl", slice(1000)),
-                                "test": ("valid.jsonl", ALL)}),
-    "self-inst": ("MiniLLM/self-inst", {"test": ("valid.jsonl", ALL)}),
-    "vicuna": ("MiniLLM/Vicuna", {"test": ("valid.jsonl", ALL)}),
-    "sinst": ("MiniLLM/sinst", {"test": ("11_/valid.jsonl", ALL)}),
-    "uinst": ("MiniLLM/uinst", {"test": ("11_/valid.jsonl", slice(10000))}),
-}
+# name: repository on the hub, file of the test split
+HUB_SETS = {"dolly": ("MiniLLM/dolly", "valid.jsonl"),
+            "self-inst": ("MiniLLM/self-inst", "valid.jsonl"),
+            "vicuna": ("MiniLLM/Vicuna", "valid.jsonl"),
+            "sinst": ("MiniLLM/sinst", "11_/valid.jsonl"),
+            "uinst": ("MiniLLM/uinst", "11_/valid.jsonl")}
 
 
 def load_rows(name: str, split: str) -> list[Row]:
     """The rows of a split of "tiny" (the built-in world), of a set on the hub, or of a .jsonl file.
 
-    A file's "valid" rows are its first tenth, 1,000 at most, and "train" has the others; "test" is the whole file.
-    "all" is what can be trained on if another set validates: of a file all rows, of other sets those of "train".
-    Raises UserError: for a bad row with file, line and fault, and for a set that cannot be had."""
-    if split == "all" and not name.endswith(".jsonl"):
-        split = "train"
+    A file's first tenth, 1,000 rows at most, is "valid" and the rest "train"; "test" is all of it.
+    "all" is what may be trained on if another set validates: a whole file, or a set's "train"."""
+    if split == "all":
+        split = "test" if name.endswith(".jsonl") else "train"
     if name == "tiny":
-        return [Row(instruction, input, (answer,)) for instruction, input, answer in world.instructions(split)]
+        return [Row(asked, input, (said,)) for asked, input, said in world.instructions(split)]
+    path = Path(name)
     if name in HUB_SETS:
-        repo, splits = HUB_SETS[name]
-        if split not in splits:
-            raise UserError(f"{name} has only a test split; to train, use dolly, tiny or a .jsonl of your own")
-        file, part = splits[split]
-        path = fetch(repo, file, "dataset")
-        if path is None:
-            raise missing(repo, file)
-        return read_rows(path)[part]
-    if not name.endswith(".jsonl"):
-        raise UserError(f"{name} is no instruction set: give tiny, {', '.join(HUB_SETS)}, or a .jsonl file")
-    rows = read_rows(Path(name))
-    if split in ("train", "valid") and len(rows) < 2:
+        if split != "test" and name != "dolly":
+            raise UserError(f"{name} has only a test split; to train, use dolly, tiny or a .jsonl")
+        repo, file = HUB_SETS[name]
+        path = require(repo, file if split == "test" else "raw.jsonl", "dataset")
+    elif path.suffix != ".jsonl":
+        known = ", ".join(["tiny", *HUB_SETS])
+        raise UserError(f"{name} is not an instruction set: give {known}, or a .jsonl file")
+    rows = read_rows(path)
+    if split == "test":
+        return rows[:10_000] if name == "uinst" else rows  # the paper's number
+    if len(rows) < 2:
         raise UserError(f"{name}: one row is too few to train on and to validate with")
-    held_out = min(1000, -(-len(rows) // 10))
-    return {"train": rows[held_out:], "valid": rows[:held_out]}.get(split, rows)
+    held_out = min(1000, -(-len(rows) // 10))  # 1,000 of Dolly, as in the paper
+    return rows[:held_out] if split == "valid" else rows[held_out:]
 
 
-def read_rows(path: Path, need_output: bool = True) -> list[Row]:
-    """Every row of a .jsonl file: `instruction`, optional `input`, `output` (a string, or a list of references)."""
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                rows.append(read_row(line, need_output))
-            except UserError as error:
-                raise UserError(f"{path}:{number}: {error}") from None
-    if not rows:
-        raise UserError(f"{path}: it holds no rows; one JSON object a line is expected")
-    return rows
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a .jsonl file: `instruction`, perhaps `input`, and `output`, which is a string or
+    a list of references. Raises UserError for a bad row, with its line."""
+    return [Row(*fields) for fields in fields_of_rows(path)]
 
 
-def read_row(line: bytes, need_output: bool) -> Row:
-    try:
-        raw = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"not JSON (column {error.colno}: {error.msg}); is the line cut off?") from None
-    except ValueError as error:
-        raise UserError(f"not JSON that can be read ({error})") from None
-    except RecursionError:
-        raise UserError("JSON nested too deeply") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"one JSON object a line is expected, this is a {type(raw).__name__}")
+def load_examples(name: str, split: str, tokenizer: tiktoken.Encoding, max_prompt_tokens: int,
+                  max_tokens: int, say: Callable = print) -> list[Example]:
+    """The examples of a split. `say` is told how many there are and how many were dropped.
 
-    def text(key: str, value) -> str:
-        if not isinstance(value, str):
-            raise UserError(f'"{key}" must be a string, it is {json.dumps(value)[:40]}')
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f'"{key}" holds half of a surrogate pair, which is not text') from None
-        return value
-
-    for key in ("instruction", "output") if need_output else ("instruction",):
-        if key not in raw:
-            raise UserError(f'there is no "{key}" (found: {", ".join(raw) or "nothing"})')
-    outputs = raw["output"] if need_output else []
-    row = Row(text("instruction", raw["instruction"]),
-              "" if raw.get("input") is None else text("input", raw["input"]),
-              tuple(text("output", output) for output in (outputs if isinstance(outputs, list) else [outputs])),
-              raw.get("ended") is not False)
-    if not row.instruction.strip():
-        raise UserError('"instruction" is empty')
-    if need_output and not all(output.strip() for output in row.outputs or [""]):
-        raise UserError('"output" is empty')
-    return row
-
-
-def load_examples(name: str, split: str, tokenizer: tiktoken.Encoding, max_prompt_tokens: int, max_tokens: int,
-                  say: Callable = print) -> list[Example]:
-    """The examples of a split; `say` is told how many there are and how many were dropped.
-
-    Dropped are prompts over `max_prompt_tokens` and, but for the test split, samples over `max_tokens`. In that the
-    reference is cut instead: only the held-out loss reads its tokens."""
+    In the test split a reference that is too long is cut: only the held-out loss reads it."""
     rows = load_rows(name, split)
     prompts = encode(tokenizer, [row.prompt_text for row in rows])
     answers = encode(tokenizer, [row.outputs[0] for row in rows])
-    kept, long_prompts, long_samples = [], 0, 0
+    short = []
     for row, prompt, answer in zip(rows, prompts, answers):
-        response = answer + [tokenizer.eot_token] * row.ended
-        if len(prompt) > max_prompt_tokens:
-            long_prompts += 1
-        elif split != "test" and len(prompt) + len(response) > max_tokens:
-            long_samples += 1
-        else:
-            kept.append(Example(row, prompt, response[: max_tokens - len(prompt)]))
-    dropped = (f"; dropped {long_prompts:,} with a prompt over {max_prompt_tokens} tokens and {long_samples:,} over "
-               f"{max_tokens} tokens in all") if long_prompts or long_samples else ""
-    say(f"data {name} {split}: {len(kept):,} rows{dropped}")
+        if len(prompt) <= max_prompt_tokens:
+            response = [*answer, tokenizer.eot_token] if row.ended else answer
+            short.append(Example(row, prompt, response))
+    if split == "test":
+        kept = [replace(e, response=e.response[: max_tokens - len(e.prompt)]) for e in short]
+    else:
+        kept = [e for e in short if len(e.prompt) + len(e.response) <= max_tokens]
+    say(f"data {name} {split}: {len(kept):,} rows; dropped {len(rows) - len(short):,} with a "
+        f"prompt over {max_prompt_tokens} tokens and {len(short) - len(kept):,} over {max_tokens} "
+        "in all")
     if not kept:
-        raise UserError(f"--data={name}: no row of its {split} split is within --max_prompt_tokens={max_prompt_tokens} "
-                        f"and {max_tokens} tokens in all")
+        raise UserError(f"--data={name}: its {split} split has no row within --max_prompt_tokens="
+                        f"{max_prompt_tokens} and {max_tokens} tokens in all")
     return kept
 
 
-# ---- tokenizers -----------------------------------------------------------------------------------------------------
-
-END = "<|endoftext|>"
-
-
-@cache
-def gpt2_tokenizer() -> tiktoken.Encoding:
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # requests, ssl and socket have one each
-        raise UserError(f"the GPT-2 vocabulary could not be fetched ({type(error).__name__}): connect once, or set "
-                        "TIKTOKEN_CACHE_DIR to a folder that has it") from None
-
+# ---- tokenizers -------------------------------------------------------------------------------
 
 @cache
 def world_tokenizer() -> tiktoken.Encoding:
-    headers = [WITHOUT_INPUT.split("{")[0], WITH_INPUT.split("{")[0], "\n\n### Input:\n", "\n\n### Response:\n"]
+    headers = [WITHOUT_INPUT.split("{")[0], WITH_INPUT.split("{")[0], "\n\n### Input:\n",
+               "\n\n### Response:\n"]
     return word_tokenizer([*headers, *world.vocabulary()])
 
 
 def word_tokenizer(words: list[str]) -> tiktoken.Encoding:
-    """An encoding with one token for each of these words."""
-    special = re.compile(r"([.^$*+?{}()|\[\]\\])")
-    pattern = "|".join(special.sub(r"\\\1", word) for word in sorted(words, key=len, reverse=True))
+    """An encoding with one token for each of these words. Where two fit, the longer is taken."""
+    longest_first = sorted(words, key=len, reverse=True)
+    pattern = "|".join(re.sub(r"([.^$*+?{}()|\[\]\\])", r"\\\1", word) for word in longest_first)
     return tiktoken.Encoding("words", pat_str=pattern, special_tokens={END: len(words)},
                              mergeable_ranks={word.encode(): i for i, word in enumerate(words)})
 
@@ -215,44 +148,31 @@ def tokenizer_for(data: str) -> tiktoken.Encoding:
     return world_tokenizer() if data in ("tiny", "tiny-text") else gpt2_tokenizer()
 
 
-# Some of GPT-2's tokens as its vocabulary spells them. GPT-2s of other languages have as many, but not these.
-OF_GPT2 = {"Ġthe": 262, "Ġand": 290, "Ġof": 286, "ing": 278, "ĠEnglish": 3594}
-
-
 def load_tokenizer(model: str) -> tiktoken.Encoding:
-    """The tokenizer of a model: words if it is a folder whose tokenizer.json says so, else GPT-2's.
+    """The tokenizer of a model: GPT-2's, or one of words if the model's tokenizer.json lists some.
 
     Raises UserError if the model is not there, or was made for another vocabulary."""
-    config, path = read_config(model), Path(model) / "tokenizer.json"
-    raw = read_json(path).get("model") if path.is_file() else {"vocab": OF_GPT2}
-    vocab = raw.get("vocab") if isinstance(raw, dict) else None
-    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
-        raise UserError(f"{path} is damaged: it has no vocabulary, each token with its number")
-    if raw.get("type") == "WordLevel":
-        words = [word for word in sorted(vocab, key=vocab.get) if word != END]
-        if [vocab[word] for word in words] != list(range(len(words))) or not all(word.isascii() for word in words):
-            raise UserError(f"{path} is no vocabulary of a built-in world: its words are not numbered from 0 on")
-        tokenizer = word_tokenizer(words)
-    elif any(vocab.get(token) != i for token, i in OF_GPT2.items()):
-        raise UserError(f"{path} is not GPT-2's vocabulary: here text is read and written by that alone")
-    else:
-        tokenizer = gpt2_tokenizer()
+    config = read_config(model)
+    words = words_of(model)
+    tokenizer = word_tokenizer(words) if words else gpt2_tokenizer()
     if (config.vocab_size, config.eos_token_id) != (tokenizer.n_vocab, tokenizer.eot_token):
-        raise UserError(f"{model}: its config.json has {config.vocab_size} tokens and ends answers with number "
-                        f"{config.eos_token_id}; its tokenizer has {tokenizer.n_vocab} and {tokenizer.eot_token}")
+        raise UserError(f"{model}: its config.json has {config.vocab_size} tokens and ends answers "
+                        f"with number {config.eos_token_id}; its tokenizer has {tokenizer.n_vocab} "
+                        f"and {tokenizer.eot_token}")
     return tokenizer
 
 
 def encode(tokenizer: tiktoken.Encoding, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text. Text never becomes the end token, not even the text <|endoftext|>."""
-    if tokenizer.name == "words":
-        for text in texts:
-            if unknown := re.sub(tokenizer._pat_str, "\0", text).strip("\0"):
-                word = unknown.split("\0")[0]  # or a space too many
-                raise UserError(f"a model of the built-in world does not know {word.strip() or word!r}; "
-                                "`python data.py --data=tiny` shows its language")
-        return [tokenizer.encode_ordinary(text) for text in texts]  # short: threads would cost more
-    return tokenizer.encode_ordinary_batch(texts)
+    """The tokens of each text. Text never becomes the end token, not even "<|endoftext|>"."""
+    if tokenizer.name != "words":
+        return tokenizer.encode_ordinary_batch(texts)
+    for text in texts:
+        unknown = re.sub(tokenizer._pat_str, "\0", text).strip("\0").split("\0")[0]
+        if unknown:
+            word = unknown.strip() or unknown  # a space too many
+            raise UserError(f"a model of the built-in world does not know {word!r}; "
+                            "`python data.py --data=tiny` shows its language")
+    return [tokenizer.encode_ordinary(text) for text in texts]  # short: threads would cost more
 
 
 def decode(tokenizer: tiktoken.Encoding, tokens: Iterable[int]) -> str:
@@ -261,132 +181,36 @@ def decode(tokenizer: tiktoken.Encoding, tokens: Iterable[int]) -> str:
 
 
 def save_tokenizer(tokenizer: tiktoken.Encoding, folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json, from which `transformers` reads the same tokens."""
-    ranks = {tokenizer.decode_single_token_bytes(i): i for i in range(tokenizer.eot_token)}
-    if tokenizer.name == "words":
-        model = {"type": "WordLevel", "vocab": {word.decode(): i for word, i in ranks.items()}, "unk_token": END}
-        split = {"type": "Split", "pattern": {"Regex": tokenizer._pat_str}, "behavior": "Isolated", "invert": False}
-        decoder = {"type": "Fuse"}
-    else:
-        letters = byte_letters()
-        spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
-        merges = [[spell[half] for half in halves(token, ranks)] for token in ranks if len(token) > 1]
-        model = {"type": "BPE", "vocab": {spell[token]: i for token, i in ranks.items()}, "merges": merges}
-        split = decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    model["vocab"][END] = tokenizer.eot_token
-    end = {"id": tokenizer.eot_token, "content": END, "special": True, "single_word": False, "lstrip": False,
-           "rstrip": False, "normalized": False}
-    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": None,
-             "pre_tokenizer": split, "post_processor": None, "decoder": decoder, "model": model}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "unk_token": END,
-                "clean_up_tokenization_spaces": False}
-    for file, value in (("tokenizer.json", whole), ("tokenizer_config.json", settings)):
-        with written_aside(folder / file) as aside:
-            aside.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    """Writes the files from which `transformers` and load_tokenizer() read the same tokens."""
+    for name, content in tokenizer_files(tokenizer).items():
+        with written_aside(folder / name) as aside:
+            aside.write_bytes(content)
 
 
-def byte_letters() -> list[str]:
-    """The printable letter by which GPT-2's files write each of the 256 bytes."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
-
-
-def halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens whose merge made this one: its byte pair encoding, stopped a merge early."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        first = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
-        parts[first : first + 2] = [parts[first] + parts[first + 1]]
-    return parts
-
-
-# ---- plain text, D_PT -----------------------------------------------------------------------------------------------
+# ---- plain text, D_PT -------------------------------------------------------------------------
 
 def is_text(name: str) -> bool:
-    """Whether a name of data means plain text rather than instructions; a folder called "dolly" does not."""
-    return name not in ("tiny", *HUB_SETS) and (
-        name == "tiny-text" or name.startswith("openwebtext") or name.endswith(".txt") or Path(name).is_dir())
-
-
-def text_files(name: str) -> list[Path]:
-    """The .txt files that a name of plain text means; none for tiny-text and openwebtext. Raises UserError for what is
-    not there, and where the package is missing that reads OpenWebText."""
-    if name == "tiny-text":
-        return []
-    if re.fullmatch(r"openwebtext(:[1-9]\d*)?", name):
-        if find_spec("pyarrow") is None:
-            raise UserError(f"{name} is stored as parquet: `pip install pyarrow`; or give a .txt file, or go without "
-                            "plain text by --pt_coef=0")
-        return []
-    path = Path(name)
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    if not files or not all(file.is_file() and file.suffix == ".txt" for file in files):
-        raise UserError(f"{name}: there is no such .txt file, nor a folder with .txt files (tiny-text and openwebtext "
-                        "are known by name)")
-    return files
+    """Whether a name means plain text and not instructions. A folder called "dolly" does not."""
+    known = re.fullmatch(r"tiny-text|openwebtext.*|.*\.txt", name) or Path(name).is_dir()
+    return bool(known) and name not in ("tiny", *HUB_SETS)
 
 
 def load_corpus(name: str, tokenizer: tiktoken.Encoding, folder: Path, m: Machine) -> np.ndarray:
-    """Plain text as one array of uint16 tokens, an end token after each document.
+    """Plain text as one array of uint16 tokens, with an end token after each document.
 
-    name: "tiny-text", "openwebtext" ("openwebtext:3" for three of its 306 MB files), a .txt file or a folder of them. A
-    line that is exactly <|endoftext|> parts two documents. Files are tokenised once, into `folder`, and then mapped."""
+    name is "tiny-text", "openwebtext" ("openwebtext:3" for three of its files of 306 MB), a .txt
+    file, or a folder of them. A line that is exactly <|endoftext|> separates two documents. Files
+    are tokenised once, into `folder`, and mapped into memory from there."""
     files = text_files(name)
     if name == "tiny-text":
         lines = encode(tokenizer, world.text())
-        return np.array([token for line in lines for token in [*line, tokenizer.eot_token]], np.uint16)
-    documents = text_documents(files)
+        return np.array([t for line in lines for t in [*line, tokenizer.eot_token]], np.uint16)
     if not files:
-        names = [f"plain_text/partial-train/{n:04d}.parquet" for n in range(int(name.partition(":")[2] or 1))]
-        files = [fetch("Skylion007/openwebtext", file, "dataset", "refs/convert/parquet") for file in names]
-        if None in files:
-            raise missing("Skylion007/openwebtext", names[files.index(None)])
-        documents = parquet_documents(files)
-    key = repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files] + [tokenizer.name])
-    path = folder / f"{Path(name).stem.replace(':', '-')}-{hashlib.sha1(key.encode()).hexdigest()[:12]}.bin"
-    whole = path.exists() and path.stat().st_size and path.stat().st_size % 2 == 0
-    if m.rank == 0 and not whole:
-        m.say(f"corpus {name}: tokenising once, into {path}")
-        with written_aside(path) as aside, open(aside, "wb") as file:
-            while batch := list(islice(documents, 512)):
-                for tokens, (_, last) in zip(encode(tokenizer, [text for text, _ in batch]), batch):
-                    np.array(tokens + [tokenizer.eot_token] * last, np.uint16).tofile(file)
-            if file.tell() == 0:
-                raise UserError(f"{name}: there is no text in it")
-    m.barrier()
-    corpus = np.memmap(path, np.uint16, "r")
-    m.say(f"corpus {name}: {len(corpus):,} tokens")
-    return corpus
-
-
-def text_documents(files: list[Path]) -> Iterator[tuple[str, bool]]:
-    """(piece of text, whether a document ends with it). A long document is cut into pieces where no token can lie:
-    behind a line that is not blank, before one that does not begin with white space."""
-    for path in files:
-        piece, size = [], 0
-        try:
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                for line in file:
-                    ends = line.rstrip("\r\n") == END
-                    if piece and (ends or (size > 100_000 and not line[0].isspace() and piece[-1].strip())):
-                        text = "".join(piece)
-                        yield (text.removesuffix("\n") if ends else text), ends
-                        piece, size = [], 0
-                    if not ends:
-                        piece.append(line)
-                        size += len(line)
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8 text") from None
-        if piece:
-            yield "".join(piece), True
-
-
-def parquet_documents(files: list[Path]) -> Iterator[tuple[str, bool]]:
-    from pyarrow import parquet
-    for path in files:
-        for batch in parquet.ParquetFile(path).iter_batches(1000, columns=["text"]):
-            yield from ((text, True) for text in batch.column(0).to_pylist() if text)
+        count = int(name.partition(":")[2] or 1)
+        parts = [f"plain_text/partial-train/{n:04d}.parquet" for n in range(count)]
+        where = ("dataset", "refs/convert/parquet")
+        files = [require("Skylion007/openwebtext", part, *where) for part in parts]
+    return tokenised(name, files, tokenizer, encode, folder, m)
 
 
 class Pieces(Sequence):
@@ -394,34 +218,42 @@ class Pieces(Sequence):
 
     def __init__(self, corpus: np.ndarray, length: int):
         if len(corpus) < length:
-            raise UserError(f"{len(corpus)} tokens of plain text make no piece of {length}")
-        self.corpus, self.length = corpus, length
+            raise UserError(f"{len(corpus)} tokens of plain text make no piece of {length} tokens")
+        count = len(corpus) // length
+        self.tokens = corpus[: count * length].reshape(count, length)
 
     def __len__(self) -> int:
-        return len(self.corpus) // self.length
+        return len(self.tokens)
 
     def __getitem__(self, i: int | slice):
         if isinstance(i, slice):
-            first, last, _ = i.indices(len(self))
-            return Pieces(self.corpus[first * self.length : last * self.length], self.length)
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        first, *rest = self.corpus[i * self.length : (i + 1) * self.length].tolist()
+            return Pieces(self.tokens[i].ravel(), self.tokens.shape[1])
+        first, *rest = self.tokens[i].tolist()
         return Example(Row(""), [first], rest)
 
 
-# ---- batches --------------------------------------------------------------------------------------------------------
+def load_pieces(name: str, tokenizer: tiktoken.Encoding, out: Path, length: int,
+                m: Machine) -> Pieces:
+    """The plain text for a run in the folder `out`, whose neighbours share the tokens."""
+    return Pieces(load_corpus(name, tokenizer, out.parent / "corpus", m), length)
+
+
+# ---- batches ----------------------------------------------------------------------------------
 
 def picks(first: int, count: int, n: int, seed: int) -> list[int]:
-    """Steps `first` to `first + count` of an endless walk through n items, shuffled anew in each pass.
-
-    A function of its arguments alone: a resumed run, and any number of processes, go on where the walk stood."""
+    """Steps `first` to `first + count` of an endless walk through n items, shuffled anew in each
+    pass. They depend on nothing else, so a resumed run goes on where it stopped."""
     return [int(shuffled(n, seed, k // n)[k % n]) for k in range(first, first + count)]
 
 
 @lru_cache(maxsize=4)
 def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def slices(items: Sequence, size: int) -> Iterator[Sequence]:
+    """Consecutive slices of `size` items; the last may be shorter."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def pad_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -431,33 +263,54 @@ def pad_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Te
     return tokens, torch.tensor([width - len(p) for p in prompts], device=device)
 
 
-def pad_right(prompts: list[list[int]], responses: list[list[int]],
-              device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompt and response in one row: tokens (B, S), response (B, T), response_mask (B, T)."""
-    width, longest = max(len(p) + len(r) for p, r in zip(prompts, responses)), max(map(len, responses))
-    tokens = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in zip(prompts, responses)], device=device)
-    response = torch.tensor([r + [0] * (longest - len(r)) for r in responses], device=device)
-    lengths = torch.tensor([len(r) for r in responses], device=device)
-    return tokens, response, torch.arange(longest, device=device) < lengths[:, None]
+@dataclass(frozen=True)
+class Batch:
+    """Prompts and their responses, padded with 0 at the right."""
+    tokens: Tensor  # (B, S) int64, each prompt followed by its response
+    response: Tensor  # (B, T) int64
+    response_mask: Tensor  # (B, T) bool, true through the end token, inclusive
+    columns: Tensor  # (B, T) int64, the column of `tokens` from which y_t is predicted
+
+    def predicting(self, hidden: Tensor) -> Tensor:
+        """Those of the hidden states (B, S, D) that predict the response, (B, T, D)."""
+        return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], self.columns]
 
 
-# ---- command --------------------------------------------------------------------------------------------------------
+def pad_right(prompts: list[list[int]], responses: list[list[int]], device: torch.device) -> Batch:
+    both = [p + r for p, r in zip(prompts, responses)]
+    S, T = max(map(len, both)), max(map(len, responses))
+    tokens = torch.tensor([row + [0] * (S - len(row)) for row in both], device=device)
+    response = torch.tensor([r + [0] * (T - len(r)) for r in responses], device=device)
+    t = torch.arange(T, device=device)  # (T,)
+    given = torch.tensor([[len(p)] for p in prompts], device=device)  # (B, 1)
+    length = torch.tensor([[len(r)] for r in responses], device=device)  # (B, 1)
+    columns = (given - 1 + t).clamp(max=S - 2)  # those of padding may lie outside
+    return Batch(tokens, response, t < length, columns)
+
+
+def batch_of(examples: Sequence[Example], device: torch.device) -> Batch:
+    return pad_right([e.prompt for e in examples], [e.response for e in examples], device)
+
+
+# ---- command ----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
-    data: str = flag("tiny", "instruction set: tiny, dolly, self-inst, vicuna, sinst, uinst or FILE.jsonl")
-    max_prompt_tokens: int = flag(256, "longer prompts are dropped")
-    max_tokens: int = flag(512, "longer samples, prompt and answer, are dropped")
-    show: int = flag(3, "rows to print")
+    data: str = flag("tiny", "tiny, dolly, self-inst, vicuna, sinst, uinst or FILE.jsonl")
+    max_prompt_tokens: int = flag(256, "longer prompts are dropped", 1, 1023)
+    max_tokens: int = flag(512, "longer samples, prompt and answer, are dropped", 2, 1024)
+    show: int = flag(3, "rows to print", 0, 1000)
 
     def __post_init__(self):
-        check(self, max_prompt_tokens=(1, 1023), max_tokens=(2, 1024), show=(0, 1000))
+        check(self)
 
 
 def main(cfg: Config) -> None:
-    load_rows(cfg.data, "test")  # a wrong name or a bad row is told before the vocabulary is fetched
-    for split in HUB_SETS[cfg.data][1] if cfg.data in HUB_SETS else ("train", "valid", "test"):
-        examples = load_examples(cfg.data, split, tokenizer_for(cfg.data), cfg.max_prompt_tokens, cfg.max_tokens)
+    load_rows(cfg.data, "test")  # a bad row is told before the vocabulary is fetched
+    tokenizer, limits = tokenizer_for(cfg.data), (cfg.max_prompt_tokens, cfg.max_tokens)
+    only_test = cfg.data in HUB_SETS and cfg.data != "dolly"
+    for split in ["test"] if only_test else ["train", "valid", "test"]:
+        examples = load_examples(cfg.data, split, tokenizer, *limits)
     for example in examples[: cfg.show]:
         print(f"\n{example.row.prompt_text}{example.row.outputs[0]}")
 

@@ -1,22 +1,16 @@
-"""The metrics: Rouge-L and its kin, diversity, KL to a teacher, and the share of right answers in the built-in world.
+"""The metrics: Rouge-L, diversity, KL to a teacher, and right answers in the built-in world.
 
-Paper:    arXiv 2306.08543v4, Section 3.1 (Rouge-L at temperature 1, mean of 5 seeds), Section 2.1 (the two KLs), and
-          Section 3.3: Figure 7 (Rouge-L by the length of the reference) and Table 3 (Dist-4, loss on the references).
+Paper:    arXiv 2306.08543v4, Section 3.1 (Rouge-L at temperature 1, mean of 5 seeds), Section 2.1
+          (the two KLs), Section 3.3 (Figure 7, Rouge-L by length; Table 3, Dist-4 and loss).
 Run:      python eval.py --model=out/tiny/minillm --teacher=out/tiny/teacher
-          python eval.py --model=MiniLLM/MiniLLM-gpt2-120M --data=dolly
-          python eval.py --model=MiniLLM/MiniLLM-gpt2-120M --data=all --out=out/eval/minillm-120M
-Shapes:   B answers, T response tokens, N response tokens of several rows, D width.
-Left out: what has files of its own: exposure bias in exposure.py, calibration.py, and GPT-4's marks in judge.py.
+          python eval.py --model=MiniLLM/MiniLLM-gpt2-120M --data=all --out=out/eval
+Shapes:   B answers, b of them together, T response tokens, D width, V vocabulary.
+Left out: exposure bias, calibration and a judge's marks, which have files of their own in measure/.
 """
 
-import json
-import math
-import multiprocessing
-import os
 import string
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,26 +19,15 @@ from typing import Literal
 import numpy as np
 import tiktoken
 import torch
+from torch import Tensor
 
 import data
 import world
-from config import (
-    Machine,
-    UserError,
-    check,
-    check_place,
-    checksum,
-    clock,
-    command,
-    flag,
-    machine,
-    run,
-    write_json,
-    write_lines,
-)
+from config import Machine, UserError, check, check_place, clock, command, flag, machine, run
 from data import Example
-from model import GPT, by_chunks, frozen, load, predicting, same_vocabulary
-from sample import follow, room_for_answers, sample, taken, uniforms
+from model import GPT, load, same_vocabulary
+from safe import runs
+from sample import decoder, follow, room_for_answers, taken, uniforms
 
 
 @cache
@@ -54,255 +37,215 @@ def rouge_scorer():
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """Rouge-L F1 in percent, Porter-stemmed, the best over the references: the number in the paper's tables."""
-    return 100 * max(rouge_scorer().score(reference, answer)["rougeL"].fmeasure for reference in references)
+    """Rouge-L F1 in percent, Porter-stemmed, the best over the references, as in the paper."""
+    scores = [rouge_scorer().score(reference, answer)["rougeL"] for reference in references]
+    return 100 * max(score.fmeasure for score in scores)
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
     """100 if the answer is a reference but for case, punctuation and white space, else 0."""
-    plain = lambda text: " ".join("".join(c for c in text.lower() if c not in string.punctuation).split())
+    def plain(text: str) -> str:
+        return " ".join("".join(c for c in text.lower() if c not in string.punctuation).split())
+
     return 100.0 * (plain(answer) in map(plain, references))
 
 
-def score(answer: str, references: Sequence[str]) -> dict[str, float]:
-    return {"rouge_l": rouge_l(answer, references), "exact_match": exact_match(answer, references)}
-
-
-MANY = 10_000  # answers; scoring fewer takes less time than to start other processes
-
-
-def score_all(pairs: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, float]]:
-    """The scores of each (answer, references); of many, by up to 16 processes."""
-    if len(pairs) < MANY:
-        return [score(*pair) for pair in pairs]
-    cores = min(16, os.cpu_count() or 1)
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(score, *zip(*pairs), chunksize=256))
-
-
 def dist_n(texts: Iterable[str], n: int = 4) -> float:
-    """Percentage of different ones among all n-grams of words of these texts, Dist-4 of Table 3; 0 without any."""
-    words = [text.split() for text in texts]
-    ngrams = [tuple(w[at : at + n]) for w in words for at in range(len(w) - n + 1)]
+    """The percentage of different n-grams of words among all in these texts; 0 without any."""
+    ngrams = []
+    for text in texts:
+        words = text.split()
+        ngrams += [tuple(words[at : at + n]) for at in range(len(words) - n + 1)]
     return 100 * len(set(ngrams)) / max(1, len(ngrams))
 
 
 @torch.no_grad()
-def held_out_loss(model: GPT, examples: Sequence[Example], m: Machine, batch_size: int = 16) -> float:
-    """Mean negative log-likelihood of the references in nats per token, end tokens included."""
+def held_out_loss(model: GPT, examples: Sequence[Example], m: Machine) -> float:
+    """The mean of -log q over the tokens of the references, end tokens included, in nats."""
     total = torch.zeros(2, dtype=torch.float64, device=m.device)  # nats, tokens
-    lengths = [len(e.prompt) + len(e.response) for e in examples]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)[m.rank :: m.world]
-    with m.autocast():
-        head = model.head()
-    logps = lambda hidden, y: (taken(model.logits(hidden, head).log_softmax(-1), y),)
-    for at in range(0, len(order), batch_size):
-        batch = [examples[i] for i in order[at : at + batch_size]]
-        tokens, response, mask = data.pad_right([e.prompt for e in batch], [e.response for e in batch], m.device)
+    longest = max(len(e.response) for e in examples)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].response))
+    for rows in data.slices(order[m.rank :: m.world], max(1, m.vocab_chunk // longest)):
+        batch = data.batch_of([examples[i] for i in rows], m.device)
         with m.autocast():
-            hidden = model(tokens, where=predicting([e.prompt for e in batch], mask))  # (N, D)
-            (logp,) = by_chunks(logps, m.vocab_chunk, hidden, response[mask])  # (N,)
-        total[0] -= logp.double().sum()
-        total[1] += len(logp)
+            hidden = batch.predicting(model(batch.tokens))  # (b, T, D)
+            logp = taken(model.logits(hidden).log_softmax(-1), batch.response)  # (b, T)
+        total[0] -= (logp * batch.response_mask).double().sum()
+        total[1] += batch.response_mask.sum()
     m.sum(total)
     return (total[0] / total[1]).item()
 
 
-def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Example], m: Machine,
-             teacher: GPT | None = None, seeds: Sequence[int] = (10,), max_response_tokens: int = 256,
-             batch_size: int = 64, forward: bool = False, no_repeat_ngram: int = 0,
-             progress: str = "evaluating") -> tuple[dict, list[dict]]:
-    """Answers each prompt with each seed, and scores the answers: {metric: its mean for each seed}, and the answers.
+def without_repeats(n: int) -> Callable:
+    """For sample(): no token that would repeat an n-gram of the prompt or the answer is drawn. The
+    released code tests with n = 6, which the paper does not mention."""
+    def adjust(logp_vocab: Tensor, rows: list[int], said: Tensor) -> Tensor:
+        if said.size(1) < n:
+            return logp_vocab
+        ngrams = said.unfold(1, n, 1)  # (b, S - n + 1, n)
+        latest = said[:, None, said.size(1) - n + 1 :]  # (b, 1, n - 1)
+        repeated = (ngrams[..., :-1] == latest).all(-1) & (ngrams >= 0).all(-1)  # padding is -1
+        banned = torch.zeros_like(logp_vocab)
+        banned.scatter_add_(1, ngrams[..., -1].clamp(min=0), repeated.to(logp_vocab.dtype))
+        return logp_vocab.masked_fill(banned > 0, -torch.inf).log_softmax(-1)
 
-    Of an answer: rouge_l and exact_match, in percent; tokens; ended, 100 if it reached the end token; with a teacher
-    reverse_kl, the exact KL[q || p] in nats summed over the positions of the answer; if `forward` also forward_kl,
-    KL[p || q] along an answer of p; in the built-in world valid, 100 if it is right. Of all answers of a seed: dist_4.
-    Of all seeds together: dist_4_prompt, the dist_4 of the answers to one prompt, mean over the prompts that have any
-    4-gram; in the built-in world distinct, the percentage of answers that are left without repetitions."""
-    model, answers, in_world, longest = frozen(model, m.dtype), [], tokenizer.name == "words", max_response_tokens
+    return adjust
+
+
+def score(row: data.Row, answer: str, ended: bool, in_world: bool) -> dict[str, float]:
+    """The metrics of one answer that need its text."""
+    scores = {"rouge_l": rouge_l(answer, row.outputs),
+              "exact_match": exact_match(answer, row.outputs)}
+    if in_world:
+        right = ended and world.is_valid(row.instruction, row.input, answer)
+        scores = {"valid": 100.0 * right, **scores}
+    return scores
+
+
+def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Example], m: Machine,
+             draw: Callable, teacher: GPT | None = None, seeds: Sequence[int] = (10,), T: int = 256,
+             forward: bool = False, adjust: Callable | None = None) -> tuple[dict, list[dict]]:
+    """Answers each prompt once for each seed, by at most T tokens, and scores the answers: {metric:
+    its mean for each seed}, and the answers. `draw` samples, and the models are ready for it.
+
+    Of an answer: rouge_l, exact_match; tokens; ended, 100 if it has reached the end token; with a
+    teacher reverse_kl, KL[q || p] in nats summed over its positions, and if `forward` forward_kl,
+    KL[p || q] along an answer of p; in the built-in world valid, 100 if it is right. Of all answers
+    of a seed: dist_4. Of all seeds: dist_4_prompt, the mean over prompts of the dist_4 of their
+    answers; in the built-in world distinct, the percentage of answers left without repetitions."""
+    answers, in_world = [], tokenizer.name == "words"
     mine = range(m.rank, len(examples), m.world)
     prompts = [examples[i].prompt for i in mine]
     for seed in seeds:
-        uniform, label = uniforms(seed, mine, longest), f"{progress}, seed {seed}"
-        rollout = sample(model, prompts, uniform, m, batch_size=batch_size, no_repeat_ngram=no_repeat_ngram,
-                         progress=label)
+        uniform = uniforms(seed, mine, T)
+        rollout = draw(model, prompts, uniform, m, adjust=adjust)
         columns = {"tokens": rollout.response_mask.sum(1), "ended": 100 * rollout.ended}
         if teacher:
-            columns["reverse_kl"] = follow(model, prompts, rollout.answers, longest, m, teacher).reverse_kl.sum(1)
+            known = follow(model, prompts, rollout.answers, T, m, teacher)
+            columns["reverse_kl"] = known.reverse_kl.sum(1)
         if teacher and forward:
-            of_teacher = sample(teacher, prompts, uniform, m, batch_size=batch_size, progress=label + ", teacher")
-            columns["forward_kl"] = follow(teacher, prompts, of_teacher.answers, longest, m, model).reverse_kl.sum(1)
+            of_teacher = draw(teacher, prompts, uniform, m).answers
+            known = follow(teacher, prompts, of_teacher, T, m, model)
+            columns["forward_kl"] = known.reverse_kl.sum(1)
         columns = {name: values.tolist() for name, values in columns.items()}
         for n, i in enumerate(mine):
             row, text = examples[i].row, data.decode(tokenizer, rollout.answers[n])
             scores = {name: values[n] for name, values in columns.items()}
-            if in_world:
-                right = rollout.ended[n] and world.is_valid(row.instruction, row.input, text)
-                scores["valid"] = 100.0 if right else 0.0
-            answers.append({"seed": seed, "prompt": i, "instruction": row.instruction, "input": row.input,
-                            "references": row.outputs, "answer": text, "scores": scores})
-    for answer, scores in zip(answers, score_all([(a["answer"], a["references"]) for a in answers])):
-        answer["scores"] |= scores
+            scores |= score(row, text, bool(rollout.ended[n]), in_world)
+            answers.append({"seed": seed, "prompt": i, "instruction": row.instruction,
+                            "input": row.input, "references": row.outputs, "answer": text,
+                            "reference_tokens": len(examples[i].response) - row.ended,
+                            "scores": scores})
     answers = sorted(m.gather(answers), key=lambda a: (a["seed"], a["prompt"]))
     by_seed = [[a for a in answers if a["seed"] == seed] for seed in seeds]
-    means = {name: [float(np.mean([a["scores"][name] for a in of_seed])) for of_seed in by_seed]
-             for name in answers[0]["scores"]}
-    means["dist_4"] = [dist_n(a["answer"] for a in of_seed) for of_seed in by_seed]
+    means = {}
+    for name in answers[0]["scores"]:
+        means[name] = [float(np.mean([a["scores"][name] for a in some])) for some in by_seed]
+    means["dist_4"] = [dist_n(a["answer"] for a in some) for some in by_seed]
     if len(seeds) > 1:
-        by_prompt = [[a["answer"] for a in of_prompt] for of_prompt in zip(*by_seed)]
-        long = [texts for texts in by_prompt if any(len(text.split()) >= 4 for text in texts)]
-        means["dist_4_prompt"] = [float(np.mean([dist_n(texts) for texts in long])) if long else 0.0]
+        by_prompt = [[a["answer"] for a in some] for some in zip(*by_seed)]
+        long = [dist_n(texts) for texts in by_prompt if any(len(t.split()) >= 4 for t in texts)]
+        means["dist_4_prompt"] = [float(np.mean(long or [0.0]))]
     if in_world:
         different = {(a["instruction"], a["input"], a["answer"]) for a in answers}
         means["distinct"] = [100 * len(different) / len(answers)]
     return means, answers
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean's 95% interval by a bootstrap over prompts, one value of each: 2,000 draws, always the same."""
-    generator = np.random.default_rng(0)
-    draws = [generator.choice(values, len(values)).mean() for _ in range(2000)]
-    low, high = np.quantile(draws, [0.025, 0.975]).tolist()
-    return low, high
-
-
-LENGTHS = {"[0,5]": 0, "[6,10]": 6, "[11,inf)": 11}  # Figure 7's groups, and the fewest reference tokens in each
-
-
-def by_length(values: Sequence[float], reference_tokens: Sequence[int]) -> dict[str, dict]:
-    """For each group of Figure 7 that is not empty: the number of prompts, and the mean of their values."""
-    values, groups = np.asarray(values), np.searchsorted([*LENGTHS.values()], reference_tokens, side="right") - 1
-    return {name: {"prompts": int((groups == g).sum()), "mean": float(values[groups == g].mean())}
-            for g, name in enumerate(LENGTHS) if (groups == g).any()}
-
-
-# ---- command --------------------------------------------------------------------------------------------------------
+# ---- command ----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
-    model: str = flag("out/tiny/minillm", "what to evaluate: a folder, gpt2 ... gpt2-xl, OWNER/NAME on the hub")
-    data: str | None = flag(None, "instruction set or FILE.jsonl, several with commas between, or all for the paper's "
-                                  "five; default tiny for a model of that world, else dolly")
-    split: Literal["test", "valid"] = flag("test", "which rows of it; a FILE.jsonl is its own test split, whole")
+    model: str = flag("out/tiny/minillm", "a folder, gpt2 ... gpt2-xl, or OWNER/NAME on the hub")
+    data: str | None = flag(None, "instruction set or FILE.jsonl, several with commas between, or "
+                                  "all for the paper's five; default tiny or dolly, by the model")
+    split: Literal["test", "valid"] = flag("test", "which rows; of a FILE.jsonl test is the whole")
     teacher: str | None = flag(None, "measure reverse and forward KL to this model")
-    seeds: int = flag(5, "number of seeds, of 10, 20, 30 ...")
-    corpus: str | None = flag(None, "measure the loss on this plain text too, as distill.py: tiny-text, FILE.txt ...")
-    limit: int | None = flag(None, "use the first so many prompts only")
-    max_prompt_tokens: int = flag(256, "longer prompts are dropped")
-    max_response_tokens: int | None = flag(None, "longest answer; default 256, or what the model has room for")
-    no_repeat_ngram: int = flag(0, "never say so many tokens in a row twice; the released code tests with 6")
-    batch_size: int = flag(64, "answers decoded together; changes memory and speed only")
-    capture: bool = flag(False, "on a GPU: record a decoding step as a CUDA graph, and replay it")
+    seeds: int = flag(5, "number of seeds, of 10, 20, 30 ...", 1, 1000)
+    corpus: str | None = flag(None, "measure the loss on this plain text too: tiny-text, FILE.txt")
+    limit: int | None = flag(None, "use the first so many prompts only", 1)
+    max_prompt_tokens: int = flag(256, "longer prompts are dropped", 1, 1023)
+    max_response_tokens: int | None = flag(None, "longest answer; default at most 256", 1, 1023)
+    no_repeat_ngram: int = flag(0, "say no n-gram twice; the released code: 6", 0, 1024)
+    sample_batch: int = flag(64, "answers decoded together; changes memory and speed only", 1)
+    decoder: Literal["fast", "captured", "plain"] = flag("fast", "captured: steps as CUDA graphs")
     out: str | None = flag(None, "folder for results.json and samples.jsonl; default: only print")
     device: str = flag("auto", "cpu, cuda, cuda:1 ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "what autocast computes in")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "autocast's dtype")
 
     def __post_init__(self):
-        check(self, seeds=(1, 1000), limit=(1, 10**9), max_prompt_tokens=(1, 1023), max_response_tokens=(1, 1023),
-              no_repeat_ngram=(0, 1024), batch_size=(1, 10**5))
+        check(self)
         check_place(self, "out")
+        if self.no_repeat_ngram == 1:
+            raise UserError("--no_repeat_ngram=1 would let no token be said twice: give 2 or more")
 
 
 def main(cfg: Config, own: bool = False) -> dict:
-    """The results of one set; of several, those of each by its name. In a run's `own` folder, results that were made
-    with other settings are replaced."""
+    """The results of one set, or of several by their names. Results in a run's `own` folder that
+    were made with other settings are replaced."""
     names = list(data.HUB_SETS) if cfg.data == "all" else (cfg.data or "").split(",")
     if len(names) > 1:
-        folder = lambda name: str(Path(cfg.out) / Path(name).stem) if cfg.out else None
-        if len({Path(name).stem for name in names}) < len(names):
-            raise UserError(f"--data={cfg.data}: two sets of one name; evaluate one by one")
-        data.load_tokenizer(cfg.model)  # what is missing is told before any set is worked on
-        for name in names:
-            data.load_rows(name, cfg.split)
-        corpus = {names[0]: cfg.corpus}  # plain text is measured once, beside the first
-        return {name: main(replace(cfg, data=name, out=folder(name), corpus=corpus.get(name))) for name in names}
-    m, tokenizer = machine(cfg.device, cfg.dtype, capture=cfg.capture), data.load_tokenizer(cfg.model)
-    given = asdict(cfg) | dict.fromkeys(("batch_size", "capture", "device"))
-    given |= {"weights": [checksum(cfg.model), checksum(cfg.teacher)],
-              "files": [checksum(cfg.data), checksum(cfg.corpus)]}
-    path = Path(cfg.out) / "results.json" if cfg.out else None
+        return evaluate_sets(cfg, names)
+    m, tokenizer = machine(cfg.device, cfg.dtype, cfg.sample_batch), data.load_tokenizer(cfg.model)
     name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
-    if results := earlier(path, given, name, m, own):
+    path = Path(cfg.out) / "results.json" if cfg.out else None
+    given = asdict(cfg) | dict.fromkeys(("sample_batch", "decoder", "device"))
+    given["weights"] = [runs.checksum(cfg.model), runs.checksum(cfg.teacher)]
+    given["files"] = [runs.checksum(cfg.data), runs.checksum(cfg.corpus)]
+    if results := runs.earlier(path, given, m, own):
         return results
-    model = load(cfg.model, m.device)
-    teacher = frozen(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
-    if teacher:
-        same_vocabulary(model.config, teacher.config)
+    draw, ready = decoder(cfg.decoder)
+    model = ready(load(cfg.model, m.device), m.dtype)
+    teacher = ready(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
     both = [model, teacher] if teacher else [model]
-    longest = min(cfg.max_prompt_tokens + (cfg.max_response_tokens or 256), *(g.config.n_positions for g in both))
-    examples = data.load_examples(name, cfg.split, tokenizer, cfg.max_prompt_tokens, longest, m.say)[: cfg.limit]
+    same_vocabulary(model.config, both[-1].config)
+    room = min(g.config.n_positions for g in both)
+    longest = min(cfg.max_prompt_tokens + (cfg.max_response_tokens or 256), room)
+    examples = data.load_examples(name, cfg.split, tokenizer, cfg.max_prompt_tokens, longest, m.say)
+    examples = examples[: cfg.limit]
+    prompts = [example.prompt for example in examples]
+    T = cfg.max_response_tokens or min(room_for_answers(g, prompts) for g in both)
     seeds = [10 * (n + 1) for n in range(cfg.seeds)]
-    room = cfg.max_response_tokens or min(room_for_answers(g, [e.prompt for e in examples]) for g in both)
-    texts = {"loss": examples}
-    if cfg.corpus:
-        corpus = data.load_corpus(cfg.corpus, tokenizer, Path(cfg.out or "out") / "corpus", m)
-        texts["text_loss"] = data.Pieces(corpus, min(512, model.config.n_positions))[:200]
     began = time.perf_counter()
-    means, answers = evaluate(model, tokenizer, examples, m, teacher, seeds, room, cfg.batch_size, forward=True,
-                              no_repeat_ngram=cfg.no_repeat_ngram, progress=cfg.model)
-    means |= {name: [held_out_loss(model, text, m)] for name, text in texts.items()}
-    seconds = time.perf_counter() - began
-    m.say(f"{cfg.model} on {name}, {len(examples):,} prompts; mean and standard deviation over seeds: {len(seeds)}")
-    for metric, values in means.items():
-        spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-        m.say(f"  {metric:12}{np.mean(values):9.3f}{spread}")
-    rouge = np.zeros(len(examples))
-    gold = [len(tokens) for tokens in data.encode(tokenizer, [e.row.outputs[0] for e in examples])]
-    for answer in answers:
-        rouge[answer["prompt"]] += answer["scores"]["rouge_l"] / len(seeds)
-    low, high = interval(rouge)
-    lengths = by_length(rouge, gold)
-    m.say(f"  rouge_l of other prompts, 95%: {low:.2f} to {high:.2f}; by tokens of the reference: "
-          + ", ".join(f"{group} {of['mean']:.2f} ({of['prompts']:,})" for group, of in lengths.items()))
-    m.say(f"  took {clock(seconds)}, the process {m.peak_gib():.1f} GiB at most so far, on {m.device} in "
-          f"{str(m.dtype)[6:]}")
-    results = {"command": command(), "given": given, "data": name, "prompts": len(examples), "seeds": seeds,
-               "parameters": model.config.parameters, "seconds": seconds, "peak_gib": m.peak_gib(), "scores": means,
-               "rouge_l_interval": [low, high], "rouge_l_by_length": lengths}
-    return keep(results, path, m, "samples.jsonl", answers)
+    adjust = without_repeats(cfg.no_repeat_ngram) if cfg.no_repeat_ngram else None
+    means, answers = evaluate(model, tokenizer, examples, m, draw, teacher, seeds, T, True, adjust)
+    means["loss"] = [held_out_loss(model, examples, m)]
+    if cfg.corpus:
+        length = min(512, model.config.n_positions)
+        pieces = data.load_pieces(cfg.corpus, tokenizer, Path(cfg.out or "out/x"), length, m)[:200]
+        means["text_loss"] = [held_out_loss(model, pieces, m)]
+    results = {"command": command(), "given": given, "data": name, "prompts": len(examples),
+               "seeds": seeds, "parameters": model.config.parameters,
+               "seconds": time.perf_counter() - began, "peak_gib": runs.peak_gib(m.device),
+               "scores": means}
+    show(results, m)
+    return runs.keep(results, path, m, "samples.jsonl", answers)
 
 
-def earlier(path: Path | None, given: dict, data_name: str, m: Machine, own: bool = False) -> dict | None:
-    """The results in this file if they were made with the same settings, weights and data, else None.
-
-    Raises UserError if the file is something else's or, unless it is the run's own, another model's or set's, or of
-    more prompts or answers than there would be now."""
-    if not path or not path.is_file():
-        return None
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        made_with = results["given"]
-        model, data_before = map(os.path.normpath, (made_with["model"], results.get("data", made_with["data"])))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # distill.py's is a list, say
-        raise UserError(f"--out={path.parent} holds results of something else: give a folder of its own") from None
-    if made_with == given:
-        m.say(f"{path}: made earlier, kept")
-        return results
-    if own:
-        return None
-    for name, before, now in (("model", model, given["model"]), ("data", data_before, data_name)):
-        if before != os.path.normpath(now):
-            raise UserError(f"--out={path.parent} holds results of --{name}={before}, now it is {now}: give a folder "
-                            "of its own")
-    for name in ("limit", "seeds", "samples"):
-        before, now = made_with.get(name), given.get(name)
-        if now and now < (before or math.inf):
-            made = f"without --{name}" if before is None else f"with --{name}={before}"
-            raise UserError(f"--out={path.parent} holds results made {made}, and with --{name}={now} some would be "
-                            "lost: give another --out, or remove that folder")
-    return None
-
-
-def keep(results: dict, path: Path | None, m: Machine, beside: str = "", lines: Sequence[dict] = ()) -> dict:
-    """Writes the results into a file, if there is a path for one, and before them the lines that they were made of
-    into a .jsonl beside it."""
-    if path and m.rank == 0:
-        if lines:
-            path.unlink(missing_ok=True)  # it is of other lines than those that are written now
-            write_lines(path.with_name(beside), lines)
-        write_json(path, results)
-    m.barrier()
+def evaluate_sets(cfg: Config, names: list[str]) -> dict:
+    """The results of each set by its name, in a folder each. Plain text is measured once."""
+    stems = [Path(name).stem for name in names]
+    if len(set(stems)) < len(names):
+        raise UserError(f"--data={cfg.data}: two sets have one name; evaluate them one by one")
+    data.load_tokenizer(cfg.model)  # what is missing is told before any set is worked on
+    for name in names:
+        data.load_rows(name, cfg.split)
+    results = {}
+    for name, stem in zip(names, stems):
+        out = str(Path(cfg.out) / stem) if cfg.out else None
+        corpus = cfg.corpus if name == names[0] else None
+        results[name] = main(replace(cfg, data=name, out=out, corpus=corpus))
     return results
+
+
+def show(results: dict, m: Machine) -> None:
+    m.say(f"{results['given']['model']} on {results['data']}, {results['prompts']:,} prompts; mean "
+          f"and standard deviation over {len(results['seeds'])} seeds")
+    for metric, values in results["scores"].items():
+        spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+        m.say(f"  {metric:14}{np.mean(values):9.3f}{spread}")
+    m.say(f"  took {clock(results['seconds'])} and at most {results['peak_gib']:.1f} GiB, on "
+          f"{m.device} in {str(m.dtype)[6:]}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The built-in world: a little language whose right answers can be told from wrong ones exactly.
 
-One instruction has tens of thousands of right answers, in which later words depend on earlier ones: the pronoun on
-the name, all verbs on the tense of the first, the word after "a" or "an" on its first letter, "it" or "them" on the
-number, the deed on the kind of thing, the second sentence on the name and place of the first. So a laptop can measure
-precision instead of estimating it. All 81 instructions are trained on: a test asks what a model answers to these, not
-to new ones.
+An instruction has tens of thousands of right answers, in which later words depend on earlier ones:
+the pronoun depends on the name, every verb on the tense of the first, the word after "a" or "an" on
+its first letter, "it" or "them" on the number, the deed on the kind of thing, and the second
+sentence on the name and place of the first. So a laptop can measure precision instead of estimating
+it. There are 81 instructions; a model is trained on all of them and tested on the same ones.
 
-Paper:    none; arXiv 2306.08543v4 argues in Section 2.1 that a small student should rather be right than cover all.
+Paper:    none; but Section 2.1 of arXiv 2306.08543v4 prefers a student that is right to a student
+          that covers everything.
 Run:      python data.py --data=tiny          prints some of it
 """
 
@@ -15,8 +16,10 @@ from functools import cache
 
 import numpy as np
 
-NAMES = {"Anna": "she", "Ella": "she", "Mia": "she", "Zoe": "she", "Ben": "he", "Leo": "he", "Max": "he", "Tom": "he"}
-THINGS = {"cat": "animal", "owl": "animal", "goat": "animal", "apple": "food", "egg": "food", "cake": "food",
+NAMES = {"Anna": "she", "Ella": "she", "Mia": "she", "Zoe": "she",
+         "Ben": "he", "Leo": "he", "Max": "he", "Tom": "he"}
+THINGS = {"cat": "animal", "owl": "animal", "goat": "animal",
+          "apple": "food", "egg": "food", "cake": "food",
           "drum": "tool", "umbrella": "tool", "knife": "tool"}
 PLURALS = {thing: "knives" if thing == "knife" else thing + "s" for thing in THINGS}
 ADJECTIVES = ["red", "old", "ugly", "big", "odd", "new"]
@@ -29,11 +32,13 @@ PLACES = ["garden", "kitchen", "barn", "street"]
 
 
 def story(thing: str, hero: str):
-    """The grammar, as a coroutine: it yields the words that may come next and is sent the one that came; "" is the end.
+    """The grammar, as a coroutine. It yields the words that may come next, "" for the end, and is
+    sent the one that came.
 
-    The same lines write answers (send a random word) and check them (send the answer's), so the two cannot disagree."""
+    write() sends it random words, is_valid() those of an answer: the two cannot disagree."""
     name = yield [hero] if hero else list(NAMES)
-    tense = "past" if (yield FINDING["past"] + FINDING["present"]) in FINDING["past"] else "present"
+    verb = yield FINDING["past"] + FINDING["present"]
+    tense = "past" if verb in FINDING["past"] else "present"
     article = yield ["a", "an", "two", "some"]
     noun, them = (thing, "it") if article in ("a", "an") else (PLURALS[thing], "them")
     vowel = {"a": [False], "an": [True]}.get(article, [False, True])
@@ -62,7 +67,7 @@ def story(thing: str, hero: str):
 
 
 def write(thing: str, hero: str, rng: np.random.Generator) -> str:
-    """A right answer, every choice of the grammar drawn evenly."""
+    """A right answer, in which each word is drawn evenly from those that the grammar allows."""
     grammar = story(thing, hero)
     words = [pick(rng, next(grammar))]
     while words[-1]:
@@ -71,7 +76,7 @@ def write(thing: str, hero: str, rng: np.random.Generator) -> str:
 
 
 def is_valid(instruction: str, input: str, answer: str) -> bool:
-    """Whether this is one of the right answers, to the letter. False for an instruction that is not of this world."""
+    """Whether this is one of the right answers, to the letter. Other instructions have none."""
     asked = re.fullmatch(r"Tell about the (\w+)", instruction)
     if asked is None or asked[1] not in THINGS or input not in ("", *NAMES):
         return False
@@ -89,19 +94,22 @@ def is_valid(instruction: str, input: str, answer: str) -> bool:
 
 @cache
 def instructions(split: str) -> list[tuple[str, str, str]]:
-    """(instruction, input, answer) of a split; half the rows name the hero in their input."""
+    """(instruction, input, answer) of each row. In half of them the input names the hero."""
     count, stream = {"train": (8000, 0), "valid": (200, 1), "test": (300, 2)}[split]
-    rng, rows = np.random.default_rng((1, stream)), []
+    rng = np.random.default_rng((1, stream))
+    rows = []
     for _ in range(count):
-        thing, hero = pick(rng, THINGS), pick(rng, NAMES) if rng.random() < 0.5 else ""
+        thing = pick(rng, THINGS)
+        hero = pick(rng, NAMES) if rng.random() < 0.5 else ""
         rows.append((f"Tell about the {thing}", hero, write(thing, hero, rng)))
     return rows
 
 
 @cache
 def text() -> list[str]:
-    """The plain text of this world: the same words, in lines that are no story."""
-    rng, verbs = np.random.default_rng(2), WANTING["past"] + FINDING["past"]
+    """The plain text of this world: lines of the same words that tell no story."""
+    rng = np.random.default_rng(2)
+    verbs = WANTING["past"] + FINDING["past"]
     slots = (NAMES, verbs, ["the"], ADJECTIVES, THINGS, ["near"], ["the"], PLACES)
     return [" ".join(pick(rng, words) for words in slots) + "." for _ in range(20000)]
 
@@ -112,9 +120,11 @@ def pick(rng: np.random.Generator, words) -> str:
 
 @cache
 def vocabulary() -> list[str]:
-    """Every word with the space before it, and without one what may begin a text, or ends a sentence. As those are a
-    full stop and words in capitals, tokens side by side in any order can be told apart again."""
-    verbs = [word for tenses in (FINDING, *DOING.values(), WANTING) for words in tenses.values() for word in words]
-    small = ["about", "the", "a", "an", "two", "some", "and", "she", "he", "it", "them", "in", "then", "from", "near"]
+    """Every word with the space before it, and without one the full stop and the words that may
+    begin a text. These have capitals, so tokens side by side can always be told apart."""
+    tenses = [*FINDING.values(), *(verbs for kind in DOING.values() for verbs in kind.values()),
+              *WANTING.values()]
+    verbs = [verb for words in tenses for verb in words]
+    small = "about the a an two some and she he it them in then from near".split()
     spaced = [*small, *NAMES, *THINGS, *PLURALS.values(), *ADJECTIVES, *verbs, *PLACES]
     return ["Tell", ".", *NAMES, *(" " + word for word in spaced)]

@@ -1,12 +1,13 @@
-"""Figure 16: alpha of the mixture, Eq. (4), from the student's own answers (0) to the teacher's alone (1).
+"""Figure 16: alpha of the mixture, Eq. (4): 0 is the student's own answers, 1 the teacher's.
 
-The paper:      0.2 does well for all sizes, and matters less to larger models; the numbers are in a plot only.
-The tiny world: seven values, with the smallest student; minutes for each.
+The paper:      0.2 does well for all sizes, and matters less for larger models. The numbers are in
+                a plot only.
+The tiny world: seven values with the smallest student, in minutes each.
 --world=paper:  one run of phase 2 for each value. Not run yet.
-Run:            python reproduce/fig16.py
+Run:            python -m reproduce.fig16
 """
 
-from worlds import World, run
+from reproduce.worlds import World, run
 
 
 def commands(world: World):

@@ -1,13 +1,15 @@
 """Figure 5: one student, teachers of growing size.
 
-The paper:      120M taught by 340M, 760M and 1.5B: MiniLLM is ahead of SeqKD with each, and gains with their size.
-The tiny world: teachers of 2 layers, 32, 48 and 96 wide; minutes.
---world=paper:  the two smaller teachers are the released SFT models. With each, phase 1 anew, as SeqKD begins with
-                GPT-2 itself, not with the result of phase 1; then phase 2 and SeqKD. Not run yet.
-Run:            python reproduce/fig5.py
+The paper:      340M, 760M and 1.5B teach 120M. MiniLLM is ahead of SeqKD with each of them, and
+                gains with their size.
+The tiny world: teachers of 2 layers, 32, 48 and 96 wide, in minutes.
+--world=paper:  the two smaller teachers are the released SFT models. Each run does phase 1 anew,
+                because SeqKD begins with GPT-2 itself and not with the result of phase 1; then come
+                phase 2 and SeqKD. Not run yet.
+Run:            python -m reproduce.fig5
 """
 
-from worlds import World, run
+from reproduce.worlds import World, run
 
 
 def commands(world: World):
@@ -16,9 +18,13 @@ def commands(world: World):
         for teacher in ("2x4x32", "2x4x48"):
             yield world.variant(f"teacher-{teacher}", f"--teacher={teacher}", "--baselines=seqkd")
         return
-    for size in ("340M", "760M", "1.5B"):
-        teacher = f"MiniLLM/{'teacher' if size == '1.5B' else 'SFT'}-gpt2-{size}"
-        yield world.variant(f"teacher-{size}", f"--teacher={teacher}", "--student=gpt2", "--baselines=seqkd")
+    for size, name in (
+        ("340M", "MiniLLM/SFT-gpt2-340M"),
+        ("760M", "MiniLLM/SFT-gpt2-760M"),
+        ("1.5B", "MiniLLM/teacher-gpt2-1.5B"),
+    ):
+        yield world.variant(
+            f"teacher-{size}", f"--teacher={name}", "--student=gpt2", "--baselines=seqkd")
 
 
 if __name__ == "__main__":

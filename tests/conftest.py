@@ -1,5 +1,6 @@
 """What several test files share: one machine, and small random models in folders of their own."""
 
+import json
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ import distill
 import world
 from config import Machine, UserError, make
 from model import GPT, GPTConfig, load, new, new_config, save
+from safe import runs
 
 collect_ignore = []
 asked_for = [word.partition("::")[0] for word in sys.argv if word[:1] != "-"]
@@ -30,7 +32,8 @@ def m() -> Machine:
 
 def random_gpt(seed: int = 0, **shape) -> GPT:
     """A small GPT-2 all of whose weights are random, biases and layer-norm gains too."""
-    shape = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=32, eos_token_id=10, resid_pdrop=0.0) | shape
+    shape = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=32, eos_token_id=10, embd_pdrop=0.0,
+                 attn_pdrop=0.0, resid_pdrop=0.0) | shape
     model, generator = GPT(GPTConfig(**shape)), torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.data = 0.4 * torch.randn(p.shape, generator=generator) + (1.0 if p.dim() == 1 else 0.0)
@@ -51,8 +54,8 @@ def tiny_models(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def few_rows():
-    """The built-in world with a tenth of its rows and of its text, which every stage of a run tokenises anew."""
-    rows = {split: world.instructions(split)[:few] for split, few in (("train", 800), ("valid", 100), ("test", 12))}
+    """The built-in world with few of its rows and of its text, which every stage of a run tokenises anew."""
+    rows = {split: world.instructions(split)[:few] for split, few in (("train", 800), ("valid", 6), ("test", 12))}
     lines = world.text()[:2000]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "instructions", rows.get)
@@ -65,8 +68,7 @@ def distill_config(tiny_models, tmp_path):
     """A function that makes a Config of distill.py for a few updates of the small models."""
     def config(**settings) -> distill.Config:
         small = dict(preset="tiny", **tiny_models, out=str(tmp_path / "run"), baselines="", steps=4, rollouts=16,
-                     minibatch=8, inner_epochs=2, valid_limit=6, eval_every=4, warmup_steps=0, eval_seeds=2,
-                     device="cpu")
+                     minibatch=8, inner_epochs=2, eval_every=4, plan="off", device="cpu")
         return make(distill.Config, small | settings, distill.presets)
     return config
 
@@ -100,3 +102,21 @@ def refused(function, *words: str) -> str:
     for word in words:
         assert re.search(re.escape(word), message), f"{word!r} is missing in: {message}"
     return message
+
+
+def lines(out: Path) -> list[dict]:
+    """The log of a run."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def interrupt_after(monkeypatch, saves: int) -> None:
+    """Makes a run end, as if killed, behind its n-th checkpoint."""
+    save_state, left = runs.save_state, [saves]
+
+    def save_then_die(*given):
+        save_state(*given)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "save_state", save_then_die)

@@ -1,4 +1,4 @@
-"""Calibration: ECE by hand, the probabilities of label words token by token, and the files as they are published."""
+"""ECE is computed by hand, label words are scored token by token, and files are read as they are published."""
 
 import dataclasses
 import json
@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import change_weights, random_gpt, refused
+from conftest import random_gpt, refused
 
-import calibration
 import data
-from calibration import bin_of, ece, label_probabilities, measure, read_task, reliability
-from model import GPTConfig, frozen, new, save
+from measure import calibration
+from measure.calibration import bin_of, ece, label_probabilities, measure, read_task, reliability
+from model import GPTConfig, new, save
 
 # ---- the metrics ----------------------------------------------------------------------------------------------------
 
@@ -32,7 +32,7 @@ def test_ece_by_hand(confidence, correct, want):
 
 
 def test_a_confidence_on_an_edge_belongs_below_it():
-    """Bins are (low, high], as in Guo et al.; for any number of them, though 0.07 * 100 is more than 7."""
+    """Bins are (low, high] as in Guo et al., for any number of bins, although 0.07 * 100 is more than 7."""
     assert bin_of(np.array([0.0, 0.1, 0.1001, 0.5, 0.7, 0.9, 1.0]), 10).tolist() == [0, 0, 1, 4, 6, 8, 9]
     for bins in (1, 2, 3, 7, 10, 100, 1000):
         assert bin_of(np.array([(b + 1) / bins for b in range(bins)]), bins).tolist() == list(range(bins))
@@ -58,7 +58,7 @@ def test_the_diagram_has_every_bin_and_gives_the_ece():
 
 
 def test_accuracy_majority_and_intervals():
-    """Sure to 0.9 and right in 70 of 100: the interval of the accuracy is that of a mean, and the ECE's its mirror."""
+    """A model that is 0.9 sure is right in 70 of 100. Accuracy has the interval of a mean, and the ECE its mirror."""
     labels = np.array([1] * 60 + [0] * 40)
     says = np.array([1] * 50 + [0] * 10 + [1] * 20 + [0] * 20)
     probabilities = np.where(says[:, None] == [0, 1], 0.9, 0.1)
@@ -73,7 +73,7 @@ def test_accuracy_majority_and_intervals():
 
 
 def test_the_interval_of_a_calibrated_model_reaches_to_zero():
-    """Quantiles of resampled ECEs do not: they all lie above the sample's own, which is too large already."""
+    """Quantiles of resampled ECEs do not: they all lie above the sample's own ECE, which is too large already."""
     generator = np.random.default_rng(0)
     p = generator.uniform(0.5, 1, 1000)
     low, high = measure(np.stack([1 - p, p], 1), (generator.random(1000) < p).astype(int))["ece_interval"]
@@ -87,7 +87,7 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 1, 2], [3, 3], [2, 2]]
 
 @pytest.mark.parametrize("labels", [[[4], [7]], [[4, 5], [7]], [[4, 5], [4, 6, 1], [4]]])
 def test_a_label_is_the_product_of_its_tokens(m, labels):
-    """Against a loop that feeds one token after the other, for labels of like and unlike length."""
+    """A loop that feeds one token after the other finds the same, whether the labels have one length or several."""
     gpt, want = random_gpt(), []
     for prompt in PROMPTS:
         products = []
@@ -98,11 +98,9 @@ def test_a_label_is_the_product_of_its_tokens(m, labels):
                     p *= gpt.logits(gpt(torch.tensor([prompt + label[:t]])))[0, -1].softmax(-1)[token].item()
             products.append(p)
         want.append([p / sum(products) for p in products])
-    for batch_size in (1, 2, 5):
-        got = label_probabilities(frozen(gpt, m.dtype), PROMPTS, labels, m, batch_size)
-        np.testing.assert_allclose(got, want, rtol=1e-4)
-    few = dataclasses.replace(m, vocab_chunk=2)
-    np.testing.assert_allclose(label_probabilities(gpt, PROMPTS, labels, few), want, rtol=1e-4)
+    for sample_batch, vocab_chunk in ((1, 512), (2, 512), (5, 512), (5, 2), (5, 1)):
+        few = dataclasses.replace(m, sample_batch=sample_batch, vocab_chunk=vocab_chunk)
+        np.testing.assert_allclose(label_probabilities(gpt, PROMPTS, labels, few), want, rtol=1e-4)
 
 
 def test_several_processes_score_each_prompt_once(m, monkeypatch):
@@ -149,20 +147,20 @@ def test_the_tsv_of_sst2_is_raw(tmp_path):
 
 
 @pytest.mark.parametrize("content, words", [
-    ("", [":1: neither"]), ("index\tsentence\n0\tgood\n", [":1: neither", "sentence TAB label"]), ("[1]", [":1: neit"]),
+    ("", [":1: this is neither"]), ("[1]", [":1: this is neither"]),
+    ("index\tsentence\n0\tgood\n", [":1: this is neither", "sentence TAB label"]),
     ("sentence\tlabel\n", ["holds no rows"]), ("sentence\tlabel\ngood\t1\nbad\n", [":3: ", "a tab", "'bad'"]),
     ("sentence\tlabel\ngood\t2\n", [":2: ", r"'good\t2'"]), ("sentence\tlabel\nso\tgood\t1\n", [":2: "]),
-    ("sentence\tlabel\n \t1\n", [":2: "]), (b"sentence\tlabel\n\xff\t1\n", [":2: not UTF-8"]),
+    ("sentence\tlabel\n \t1\n", [":2: "]), (b"sentence\tlabel\n\xff\t1\n", [":2: 'utf-8' codec"]),
     (b'{"question": "\xff"}\n', [":1: not UTF-8"]), ('{"question": "a", \n', [":1: not JSON", "cut off"]),
-    (json.dumps(BOOLQ) + "\n[1]\n", [":2: ", "this is a list"]), ('{"a":' * 10**5, [":1: not JSON"]),
-    ("{}\n", [':1: "passage" must be text, it is missing (found: nothing)']),
-    (json.dumps(BOOLQ | {"question": " "}), ['"question" must be text, it is " "']),
-    (json.dumps(BOOLQ | {"passage": None}), ['"passage" must be text, it is null']),
-    (json.dumps({"question": "a", "passage": "b", "idx": 1}), ['"label" must be true or false', "(found: question"]),
-    (json.dumps(BOOLQ | {"label": 2}), ['"label" must be true or false, it is 2']),
-    (json.dumps(BOOLQ | {"label": "true"}), ['it is "true"']), (json.dumps(BOOLQ | {"label": 1.0}), ["it is 1.0"]),
-    (json.dumps({"question": "a", "passage": "b", "answer": None}), ['"answer" must be true or false, it is null']),
-    (json.dumps(BOOLQ | {"question": "\ud800"}), [":1: not UTF-8 text (surrogates not allowed)"]),
+    (json.dumps(BOOLQ) + "\n[1]\n", [":2: one JSON object a line"]), ('{"a":' * 10**5, [":1: ", "nested too deeply"]),
+    ("{}\n", [':1: "passage" and "question" must be texts']),
+    *((json.dumps(BOOLQ | wrong), [':1: "passage" and']) for wrong in ({"question": " "}, {"passage": None})),
+    *((json.dumps(BOOLQ | {"label": wrong}), [':1: "label" or "answer" must be true or false'])
+      for wrong in (2, "true", 1.0, None, [])),
+    (json.dumps({"question": "a", "passage": "b", "idx": 1}), [':1: "label" or "answer" must be']),
+    (json.dumps({"question": "a", "passage": "b", "answer": None}), [':1: "label" or "answer" must be']),
+    (json.dumps(BOOLQ | {"question": "\ud800"}), [":1: 'utf-8' codec", "surrogates not allowed"]),
 ])
 def test_a_bad_file_is_told_in_one_line(tmp_path, content, words):
     path = tmp_path / "rows"
@@ -174,7 +172,7 @@ def test_a_bad_file_is_told_in_one_line(tmp_path, content, words):
 
 @pytest.fixture
 def settings(gpt2, tmp_path) -> dict:
-    """Ten questions, of which one is too long, five sentences, and a small model with GPT-2's vocabulary."""
+    """Flags for ten questions, of which one is too long, five sentences, and a small model with GPT-2's vocabulary."""
     questions = [BOOLQ | {"label": i % 2 == 0} for i in range(9)] + [BOOLQ | {"passage": "It rains. " * 400}]
     (tmp_path / "boolq.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (tmp_path / "dev.tsv").write_text("sentence\tlabel\n" + "\n".join(f"film {i}\t{i % 2}" for i in range(5)))
@@ -184,7 +182,7 @@ def settings(gpt2, tmp_path) -> dict:
 
 
 def test_the_command_measures_what_the_model_says(settings, monkeypatch, tmp_path):
-    """A model that always answers Yes, sure to 0.8, is right in 5 of 9: its ECE is 0.8 - 5/9."""
+    """A model that always answers Yes and is 0.8 sure is right in 5 of 9, so its ECE is 0.8 - 5/9."""
     seen = []
 
     def always_the_second(model, prompts, labels, *more):
@@ -218,16 +216,11 @@ def test_results_can_be_made_again_from_the_lines_and_are_kept(settings, tmp_pat
         np.testing.assert_allclose(probabilities.sum(1), 1)
         again = measure(probabilities, np.array([of["labels"].index(line["label"]) for line in of_task]))
         assert again == {name: of[name] for name in again}
-    assert calibration.main(dataclasses.replace(cfg, batch_size=2)) == results
+    assert calibration.main(dataclasses.replace(cfg, sample_batch=2)) == results
     assert "made earlier, kept" in capsys.readouterr().out
     (tmp_path / "dev.tsv").write_text("sentence\tlabel\n" + "good\t1\n" * 4)  # other rows under the same name
-    assert calibration.main(cfg)["tasks"]["sst2"]["examples"] == 4
-    capsys.readouterr()
-    change_weights(tmp_path / "model")
-    assert calibration.main(cfg) and "made earlier" not in capsys.readouterr().out
-    few = dataclasses.replace(cfg, limit=3)
-    refused(lambda: calibration.main(few), "results made without --limit, and with --limit=3 some would be lost")
-    few = calibration.main(dataclasses.replace(few, out=None))
+    refused(lambda: calibration.main(cfg), "calibration.json holds results of other settings or of other files")
+    few = calibration.main(dataclasses.replace(cfg, limit=3, out=None))
     assert [of["examples"] for of in few["tasks"].values()] == [3, 3]
 
 
@@ -246,4 +239,4 @@ def test_commands_that_cannot_work(settings, tiny_models, tmp_path):
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "calibration.json").write_text('{"best": null}')
-    refused(with_, f"--out={tmp_path / 'out'}", "something else")
+    refused(with_, "calibration.json holds results of other settings")

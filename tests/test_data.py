@@ -1,6 +1,7 @@
 """Rows, tokens and batches: what public trainers got wrong most often: masks, end tokens, silent truncation."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ import torch
 from conftest import CPU, refused
 
 import data
-from config import write_json
+from config import UserError, write_json
 from data import END, Pieces, Row, load_corpus, load_examples, load_rows, pad_left, pad_right, picks, read_rows
+from model import GPTConfig
+from safe import texts
 
 
 def write_rows(path, *rows):
@@ -56,6 +59,7 @@ def test_rows_of_every_allowed_kind(tmp_path):
     (b'{"instruction": "a", "output": {"b": 1}}', ['"output" must be a string']),
     (b'{"instruction": "a", "output": ["b", 2]}', ['"output" must be a string', "2"]),
     (b'{"instruction": "a", "output": []}', ['"output" is empty']),
+    (b'{"instruction": "a", "output": ["b", ""]}', ['"output" is empty']),
     (b'{"instruction": "a", "output": " "}', ['"output" is empty']),
     (b'{"instruction": "\\n", "output": "b"}', ['"instruction" is empty']),
     (b'{"instruction": "\\ud800", "output": "b"}', ["surrogate"]),
@@ -73,9 +77,10 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
     refused(lambda: load_rows(str(tmp_path / "empty.jsonl"), "test"), "empty.jsonl", "no rows")
     refused(lambda: load_rows(str(tmp_path / "absent.jsonl"), "test"), "absent.jsonl", "No such file")
-    refused(lambda: load_rows("doly", "test"), "doly is no instruction set", "dolly", ".jsonl")
+    refused(lambda: load_rows("doly", "test"), "doly is not an instruction set", "dolly", ".jsonl")
     refused(lambda: load_rows("vicuna", "train"), "vicuna has only a test split", "dolly")
     refused(lambda: load_rows(write_rows(tmp_path / "one.jsonl", row()), "train"), "one row is too few")
+    assert len(load_rows(str(tmp_path / "one.jsonl"), "test")) == 1
 
 
 def test_splits_of_a_file_of_ones_own(tmp_path):
@@ -87,12 +92,19 @@ def test_splits_of_a_file_of_ones_own(tmp_path):
 
 def test_dollys_split_is_the_papers(tmp_path, monkeypatch):
     """raw.jsonl: 1,000 rows to validate with and the rest to train on; valid.jsonl is DollyEval."""
-    write_rows(tmp_path / "raw.jsonl", *(row(f"raw {n}") for n in range(1010)))
-    write_rows(tmp_path / "valid.jsonl", *(row(f"eval {n}") for n in range(5)))
-    monkeypatch.setattr(data, "fetch", lambda repo, file, kind: {"MiniLLM/dolly": tmp_path}[repo] / file)
-    assert [r.instruction for r in load_rows("dolly", "train")] == [f"raw {n}" for n in range(1000, 1010)]
+    write_rows(tmp_path / "raw.jsonl", *(row(f"raw {n}") for n in range(10_200)))  # the hub's has 12,435
+    write_rows(tmp_path / "valid.jsonl", *(row(f"eval {n}") for n in range(500)))
+    monkeypatch.setattr(data, "require", lambda repo, file, kind: {"MiniLLM/dolly": tmp_path}[repo] / file)
+    assert [r.instruction for r in load_rows("dolly", "train")] == [f"raw {n}" for n in range(1000, 10_200)]
     assert [r.instruction for r in load_rows("dolly", "valid")] == [f"raw {n}" for n in range(1000)]
-    assert [r.instruction for r in load_rows("dolly", "test")] == [f"eval {n}" for n in range(5)]
+    assert [r.instruction for r in load_rows("dolly", "test")] == [f"eval {n}" for n in range(500)]
+    assert load_rows("dolly", "all") == load_rows("dolly", "train")
+
+
+def test_of_uinst_the_first_ten_thousand_are_used(tmp_path, monkeypatch):
+    write_rows(tmp_path / "valid.jsonl", *(row(f"{n}") for n in range(10_002)))
+    monkeypatch.setattr(data, "require", lambda repo, file, kind: tmp_path / Path(file).name)
+    assert len(load_rows("uinst", "test")) == 10_000 and len(load_rows("sinst", "test")) == 10_002
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
@@ -102,7 +114,7 @@ def test_long_prompts_and_samples_are_dropped_and_counted_aloud(tmp_path, gpt2):
     name = write_rows(tmp_path / "my.jsonl", row(), long_prompt, long_answer, row(output="word " * 300))
     said = []
     kept = load_examples(name, "test", gpt2, 256, 512, said.append)
-    dropped = "dropped 1 with a prompt over 256 tokens and {} over 512 tokens in all"
+    dropped = "dropped 1 with a prompt over 256 tokens and {} over 512 in all"
     assert said == [f"data {name} test: 3 rows; " + dropped.format(0)]
     assert [len(e.prompt) + len(e.response) for e in kept][1] == 512  # a reference is cut, not dropped
     write_rows(tmp_path / "my.jsonl", *[row()] * 30, long_prompt, long_answer)
@@ -146,17 +158,68 @@ def test_transformers_reads_the_same_tokens(vocabulary, tmp_path, request):
         tokens = data.encode(tokenizer, [text])[0]
         assert theirs.encode(text) == tokens and theirs.decode(tokens) == text
     assert theirs.eos_token_id == tokenizer.eot_token and len(theirs) == tokenizer.n_vocab
+    assert theirs.encode(END) == [tokenizer.eot_token]
     assert data.load_tokenizer(str(tmp_path)).encode_ordinary(texts[0]) == data.encode(tokenizer, texts[:1])[0]
 
 
-def test_a_model_of_another_vocabulary_is_refused(tmp_path):
+def test_saving_a_model_needs_no_network(tmp_path, gpt2, monkeypatch):
+    """GPT-2's files are read together with its tokenizer: hours later the network or the cache may be gone."""
+    monkeypatch.setattr(texts, "read_file_cached", None)
+    data.save_tokenizer(gpt2, tmp_path)
+    assert (tmp_path / "merges.txt").read_text(encoding="utf-8").startswith("#version: 0.2\n\u0120 t\n")
+
+
+def save_config(folder, vocab_size, end) -> str:
+    write_json(folder / "config.json", {"vocab_size": vocab_size, "eos_token_id": end})
+    return str(folder)
+
+
+def test_a_model_of_another_vocabulary_is_refused(tmp_path, gpt2):
     data.save_tokenizer(data.world_tokenizer(), tmp_path)
     size = data.world_tokenizer().n_vocab
-    for vocab_size, end in ((size + 47, size - 1), (size, 0), (size, None)):
-        write_json(tmp_path / "config.json", {"vocab_size": vocab_size, "eos_token_id": end})
-        refused(lambda: data.load_tokenizer(str(tmp_path)), str(tmp_path), f"{vocab_size} tokens", f"number {end}")
+    for vocab_size, end in ((size + 47, size - 1), (size, 0), (size, None), (gpt2.n_vocab, gpt2.eot_token)):
+        name = save_config(tmp_path, vocab_size, end)
+        refused(lambda name=name: data.load_tokenizer(name), name, f"{vocab_size} tokens", f"number {end}")
     (tmp_path / "tokenizer.json").write_text("{")
-    refused(lambda: data.load_tokenizer(str(tmp_path)), "tokenizer.json is not a JSON object")
+    refused(lambda: data.load_tokenizer(name), "tokenizer.json is not a JSON object")
+
+
+FRENCH = {"Ġthe": 1000, "Ġle": 262, "Ġet": 290, "ing": 278} | {f"x{n}": n for n in range(2000, 52254)}
+
+
+@pytest.mark.parametrize("file, content", [
+    ("vocab.json", FRENCH), ("tokenizer.json", {"model": {"type": "BPE", "vocab": FRENCH}})])
+@pytest.mark.parametrize("on_the_hub", [False, True])
+def test_a_gpt2_of_another_language_is_refused(file, content, on_the_hub, tmp_path, gpt2, monkeypatch):
+    """It has as many tokens as GPT-2, whose text would be noise to it: in either form, in a folder and on the hub."""
+    name = save_config(tmp_path, gpt2.n_vocab, gpt2.eot_token)
+    assert data.load_tokenizer(name) is gpt2  # a model without a tokenizer is taken for GPT-2's
+    write_json(tmp_path / file, content)
+    if on_the_hub:
+        there = {path.name: path for path in tmp_path.iterdir()}
+        monkeypatch.setattr(data, "read_config", lambda name: GPTConfig())
+        monkeypatch.setattr(texts, "fetch", lambda name, file: {"some/gpt2": there}[name].get(file))
+        name = "some/gpt2"
+    refused(lambda: data.load_tokenizer(name), f"{file} is neither GPT-2's vocabulary nor")
+
+
+def test_gpt2s_vocabulary_is_known_in_either_form(tmp_path, gpt2, monkeypatch):
+    name = save_config(tmp_path, gpt2.n_vocab, gpt2.eot_token)
+    data.save_tokenizer(gpt2, tmp_path)
+    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    assert data.load_tokenizer(name) is gpt2
+    write_json(tmp_path / "tokenizer.json", {"model": {"vocab": vocab, "merges": []}})  # as this project wrote before
+    (tmp_path / "vocab.json").unlink()
+    assert data.load_tokenizer(name) is gpt2
+
+
+def test_a_model_in_the_hubs_cache_needs_no_network_for_its_tokenizer(gpt2, monkeypatch):
+    def unreachable(name, file):
+        raise UserError("the hub could not be reached")
+
+    monkeypatch.setattr(data, "read_config", lambda name: GPTConfig())
+    monkeypatch.setattr(texts, "fetch", unreachable)
+    assert data.load_tokenizer("gpt2") is gpt2
 
 
 # ---- plain text -----------------------------------------------------------------------------------------------------
@@ -175,13 +238,25 @@ def test_text_files_become_tokens_with_an_end_after_each_document(tmp_path, gpt2
     assert load_corpus(str(tmp_path), gpt2, tmp_path / "cache", CPU).tolist()[-3:-1] == gpt2.encode_ordinary("five!")
 
 
-def test_a_long_document_is_tokenised_in_pieces_as_if_whole(tmp_path, gpt2):
+@pytest.mark.parametrize("lines", [
+    ["word\n", "two words \n", "\n", "  indented\n", "\t\n", "last's \t \n", "x" * 50 + "\n"], ["trailing  \n"],
+    ["no line at all "]])
+def test_a_long_document_is_tokenised_in_pieces_as_if_whole(lines, tmp_path, gpt2):
     rng = np.random.default_rng(0)
-    lines = ["word\n", "two words \n", "\n", "  indented\n", "\t\n", "last's\r\n", "x" * 50 + "\n"]
     text = "".join(lines[i] for i in rng.integers(0, len(lines), 40_000))
-    assert len(list(data.text_documents([_write(tmp_path / "a.txt", text)]))) > 3
+    pieces = list(texts.documents(_write(tmp_path / "a.txt", text)))
+    assert "".join(piece for piece, _ in pieces) == text and (len(pieces) > 3) == (lines[0][-1] == "\n")
+    assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
     corpus = load_corpus(str(tmp_path / "a.txt"), gpt2, tmp_path, CPU)
     assert corpus.tolist()[:-1] == gpt2.encode_ordinary(text)
+
+
+def test_line_ends_of_windows_leave_nothing_behind(tmp_path, gpt2):
+    """A carriage return before each end token would be learned as the way to end a text."""
+    text = f"\ufeffone\n two\n{END}\n{END}\n\nthree\n{END}"
+    unix = load_corpus(str(_write(tmp_path / "unix.txt", text)), gpt2, tmp_path, CPU).tolist()
+    windows = load_corpus(str(_write(tmp_path / "dos.txt", text.replace("\n", "\r\n"))), gpt2, tmp_path, CPU).tolist()
+    assert windows == unix == [t for d in ("one\n two", "\nthree") for t in [*gpt2.encode_ordinary(d), gpt2.eot_token]]
 
 
 def _write(path, text):
@@ -207,22 +282,31 @@ def test_plain_text_that_cannot_be_had(tmp_path, gpt2, monkeypatch):
 def test_openwebtext_is_read_from_its_parquet_files(tmp_path, gpt2, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow", reason="an optional package")
     from pyarrow import parquet
-    parquet.write_table(pyarrow.table({"text": ["one", "", "two"]}), tmp_path / "0000.parquet")
+    parquet.write_table(pyarrow.table({"text": ["one", "", None, "two"]}), tmp_path / "0000.parquet")
     asked = []
-    monkeypatch.setattr(data, "fetch", lambda *where: asked.append(where) or tmp_path / "0000.parquet")
+    monkeypatch.setattr(data, "require", lambda *where: asked.append(where) or tmp_path / "0000.parquet")
     corpus = load_corpus("openwebtext", gpt2, tmp_path, CPU)
     assert corpus.tolist() == [505, gpt2.eot_token, 11545, gpt2.eot_token]
     assert asked == [("Skylion007/openwebtext", "plain_text/partial-train/0000.parquet", "dataset",
                       "refs/convert/parquet")]
+    assert load_corpus("openwebtext:2", gpt2, tmp_path, CPU).tolist() == 2 * corpus.tolist()
+    assert asked[-1][1].endswith("0001.parquet")
 
 
 def test_pieces_are_examples_whose_first_token_is_given():
     pieces = Pieces(np.arange(23, dtype=np.uint16), 5)
     assert len(pieces) == 4 and pieces[1].prompt == [5] and pieces[1].response == [6, 7, 8, 9]
-    assert [e.prompt for e in pieces[1:3]] == [[5], [10]]
+    assert [e.prompt for e in pieces[1:3]] == [[5], [10]] and len(pieces[-1:]) == 1
     refused(lambda: Pieces(np.arange(3, dtype=np.uint16), 5), "3 tokens", "no piece of 5")
     with pytest.raises(IndexError):
         pieces[4]
+
+
+def test_stages_of_a_run_share_the_tokens_of_its_plain_text(tmp_path, gpt2):
+    text = str(_write(tmp_path / "a.txt", "word " * 40))
+    for stage in ("teacher", "minillm"):
+        assert len(data.load_pieces(text, gpt2, tmp_path / "run" / stage, 10, CPU)) == 4
+    assert len(list((tmp_path / "run" / "corpus").iterdir())) == 1
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
@@ -236,10 +320,29 @@ def test_the_walk_through_the_data_visits_all_and_can_be_entered_anywhere():
 def test_padding():
     tokens, starts = pad_left([[1, 2], [3, 4, 5]], CPU.device)
     assert tokens.tolist() == [[0, 1, 2], [3, 4, 5]] and starts.tolist() == [1, 0]
-    tokens, response, mask = pad_right([[1, 2], [3]], [[4], [5, 6, 0]], CPU.device)
-    assert tokens.tolist() == [[1, 2, 4, 0], [3, 5, 6, 0]]  # the last 0 of row two is a token, and the mask knows
-    assert response.tolist() == [[4, 0, 0], [5, 6, 0]]
-    assert mask.tolist() == [[True, False, False], [True, True, True]] and mask.dtype == torch.bool
+    batch = pad_right([[1, 2], [3]], [[4], [5, 6, 0]], CPU.device)
+    assert batch.tokens.tolist() == [[1, 2, 4, 0], [3, 5, 6, 0]]  # the last 0 of row two is a token: the mask knows
+    assert batch.response.tolist() == [[4, 0, 0], [5, 6, 0]]
+    assert batch.response_mask.tolist() == [[True, False, False], [True, True, True]]
+    assert batch.response_mask.dtype == torch.bool and batch.tokens.dtype == batch.columns.dtype == torch.int64
+    examples = [data.Example(Row(""), [1, 2], [4]), data.Example(Row(""), [3], [5, 6, 0])]
+    assert data.batch_of(examples, CPU.device).tokens.tolist() == batch.tokens.tolist()
+
+
+def test_each_response_token_is_predicted_from_the_column_before_it():
+    """A slip by one would train a model to repeat its input."""
+    prompts, responses = [[1, 2, 3], [4], [5, 6]], [[7], [8, 9, 10, 11, 12], [13, 14]]
+    batch = pad_right(prompts, responses, CPU.device)
+    before = batch.predicting(batch.tokens[:, :, None])[:, :, 0]  # a model whose states are its input tokens
+    for row, (prompt, response) in enumerate(zip(prompts, responses)):
+        assert before[row, : len(response)].tolist() == [prompt[-1], *response[:-1]]
+    without_last = batch.predicting(batch.tokens[:, :-1, None])[:, :, 0]  # as sampling feeds it
+    assert torch.equal(without_last[batch.response_mask], before[batch.response_mask])
+
+
+def test_slices_are_consecutive_and_lose_nothing():
+    assert [list(part) for part in data.slices(range(7), 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(data.slices([], 3)) == []
 
 
 def test_the_command_shows_a_set(capsys):

@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,9 +15,15 @@ import data
 import eval as evaluation
 import world
 from data import Example, Row
-from eval import evaluate, exact_match, held_out_loss, rouge_l
+from eval import evaluate, exact_match, held_out_loss, rouge_l, without_repeats
 from model import load, save
+from safe import runs
 from sample import follow, sample, uniforms
+
+
+def some_rows(count):
+    """Of the built-in world, which the small models can speak of."""
+    return data.load_examples("tiny", "test", data.world_tokenizer(), 64, 64, lambda *words: None)[:count]
 
 
 def test_rouge_l_by_hand():
@@ -31,6 +37,19 @@ def test_exact_match_ignores_case_punctuation_and_space():
     assert exact_match(" The  cat. ", ["dog", "the cat"]) == 100 and exact_match("cats", ["cat"]) == 0
 
 
+class Sharing:
+    """One of several processes, whose sums are noted."""
+
+    def __init__(self, m, sums):
+        self.m, self.sums = m, sums
+
+    def __getattr__(self, name):
+        return getattr(self.m, name)
+
+    def sum(self, total):
+        self.sums.append(total.clone())
+
+
 def test_held_out_loss_counts_response_tokens_and_nothing_else(m):
     """Against a loop over single tokens; unequal lengths, so that a mean of means would differ."""
     gpt = random_gpt()
@@ -42,8 +61,14 @@ def test_held_out_loss_counts_response_tokens_and_nothing_else(m):
             with torch.no_grad():
                 logits = gpt.logits(gpt(torch.tensor([e.prompt + e.response[:t]])))[0, -1]
             total, count = total - logits.log_softmax(-1)[token].item(), count + 1
-    for batch_size in (1, 2, 3):
-        assert held_out_loss(gpt, examples, m, batch_size) == pytest.approx(total / count, abs=1e-5)
+    for vocab_chunk in (1, 8, 100):
+        machine = dataclasses.replace(m, vocab_chunk=vocab_chunk)
+        assert held_out_loss(gpt, examples, machine) == pytest.approx(total / count, abs=1e-5)
+    parts = [dataclasses.replace(m, rank=rank, world=3) for rank in range(3)]  # as three processes share it
+    sums = []
+    for part in parts:
+        held_out_loss(gpt, examples, Sharing(part, sums))
+    assert sum(sums).tolist() == pytest.approx([total, count], abs=1e-4)
 
 
 def test_the_kls_are_what_enumeration_says(m):
@@ -59,30 +84,59 @@ def test_the_kls_are_what_enumeration_says(m):
         exact["forward"] += math.exp(log_p) * (log_p - log_q)
     n = 20_000
     uniform = uniforms(0, range(n), 2)
-    drawn = lambda model: sample(model, [prompt] * n, uniform, m, batch_size=n).answers
-    reverse = follow(q, [prompt] * n, drawn(q), 2, m, p, n).reverse_kl.sum(1)
-    forward = follow(p, [prompt] * n, drawn(p), 2, m, q, n).reverse_kl.sum(1)
+    m = dataclasses.replace(m, sample_batch=n, vocab_chunk=2 * n)
+    drawn = lambda model: sample(model, [prompt] * n, uniform, m).answers
+    reverse = follow(q, [prompt] * n, drawn(q), 2, m, p).reverse_kl.sum(1)
+    forward = follow(p, [prompt] * n, drawn(p), 2, m, q).reverse_kl.sum(1)
     for got, want in ((reverse, exact["reverse"]), (forward, exact["forward"])):
         assert abs(got.mean().item() - want) < 4 * got.std().item() / n**0.5
 
 
 def test_evaluate_scores_every_prompt_and_seed(tiny_models, m):
     student, teacher = (load(tiny_models[name]) for name in ("student", "teacher"))
-    tokenizer = data.world_tokenizer()
-    examples = data.load_examples("tiny", "test", tokenizer, 64, 64, lambda *words: None)[:12]
-    means, answers = evaluate(student, tokenizer, examples, m, teacher, (10, 20), 16, forward=True)
+    examples, tokenizer = some_rows(12), data.world_tokenizer()
+    score = lambda model, other, seeds=(10, 20), m=m, forward=True: evaluate(
+        model, tokenizer, examples, m, sample, other, seeds, 16, forward)
+    means, answers = score(student, teacher)
     assert len(answers) == 24 and [a["prompt"] for a in answers[:12]] == list(range(12))
     assert set(means) == {"rouge_l", "exact_match", "tokens", "ended", "valid", "reverse_kl", "forward_kl", "distinct",
                           "dist_4", "dist_4_prompt"}
     assert all(len(values) == 2 for name, values in means.items() if name not in ("distinct", "dist_4_prompt"))
     assert means["tokens"][0] != means["tokens"][1]  # seeds differ
-    again, _ = evaluate(student, tokenizer, examples, m, teacher, (10, 20), 16, batch_size=5, forward=True)
+    again, _ = score(student, teacher, m=dataclasses.replace(m, sample_batch=5))
     assert all(again[name] == pytest.approx(means[name], abs=1e-4) for name in means)
-    swapped, _ = evaluate(teacher, tokenizer, examples, m, student, (10, 20), 16, forward=True)
+    swapped, _ = score(teacher, student)
     assert means["forward_kl"] == pytest.approx(swapped["reverse_kl"], rel=1e-5)  # along the teacher's answers
     assert means["reverse_kl"] == pytest.approx(swapped["forward_kl"], rel=1e-5)
-    itself, _ = evaluate(student, tokenizer, examples, m, student, (10,), 16)
-    assert itself["reverse_kl"] == [0.0]
+    itself, _ = score(student, student, (10,), forward=False)
+    assert itself["reverse_kl"] == [0.0] and "forward_kl" not in itself
+    alone, _ = score(student, None, (10,))
+    assert not {"reverse_kl", "forward_kl", "dist_4_prompt"} & set(alone)
+
+
+def test_each_process_scores_its_own_answers(tiny_models, m, monkeypatch):
+    """What three processes gather is what one has."""
+    student, teacher, examples = load(tiny_models["student"]), load(tiny_models["teacher"]), some_rows(7)
+    score = lambda m: evaluate(student, data.world_tokenizer(), examples, m, sample, teacher, (10, 20), 16, True)
+    alone, gathered = score(m), []
+    for rank in range(3):
+        part = Sharing(dataclasses.replace(m, rank=rank, world=3), [])
+        part.gather = lambda answers: gathered.extend(answers) or answers
+        score(part)
+    part.gather = lambda answers: gathered
+    means, answers = score(part)
+    assert [a["answer"] for a in answers] == [a["answer"] for a in alone[1]] and len(gathered) == 14
+    assert all(means[name] == pytest.approx(alone[0][name], abs=1e-4) for name in alone[0])
+
+
+def test_the_length_of_the_first_reference_is_noted(tiny_models, m):
+    """In tokens, without its end. Figure 7 groups answers by it."""
+    examples = some_rows(3)
+    cut = Row("Tell about the cat", "", ("Anna saw a", "Anna saw a red cat and she fed it"), ended=False)
+    examples[1] = Example(cut, examples[1].prompt, examples[1].response[:3])
+    _, answers = evaluate(load(tiny_models["student"]), data.world_tokenizer(), examples, m, sample, T=4)
+    lengths = [len(examples[0].response) - 1, 3, len(examples[2].response) - 1]
+    assert [a["reference_tokens"] for a in answers] == lengths
 
 
 def test_dist_n_by_hand():
@@ -93,38 +147,26 @@ def test_dist_n_by_hand():
 
 def test_diversity_is_of_a_seed_and_of_a_prompt(tiny_models, m, monkeypatch):
     """Two prompts, two seeds: each seed says the same to both prompts, the first seed twice the same four words."""
-    tokenizer = data.world_tokenizer()
-    examples = data.load_examples("tiny", "test", tokenizer, 64, 64, lambda *words: None)[:2]
+    examples, tokenizer = some_rows(2), data.world_tokenizer()
     texts = iter(["Anna saw the cat and the cat"] * 2 + ["Anna found an owl"] * 2)
     monkeypatch.setattr(data, "decode", lambda tokenizer, tokens: next(texts))
-    means, answers = evaluate(load(tiny_models["student"]), tokenizer, examples, m, None, (10, 20), 16)
+    means, answers = evaluate(load(tiny_models["student"]), tokenizer, examples, m, sample, None, (10, 20), 16)
     assert means["dist_4"] == [50.0, 50.0] and means["dist_4_prompt"] == [100.0]
     assert answers[0]["references"] == examples[0].row.outputs
-
-
-def test_many_answers_are_scored_by_several_processes(monkeypatch):
-    pairs = [("the cat" + " sat" * n, ("the cat", f"a dog {n}")) for n in range(40)]
-    alone = evaluation.score_all(pairs)
-    monkeypatch.setattr(evaluation, "MANY", 10)
-    fork, asked = multiprocessing.get_context("fork"), []  # which has imported everything
-    monkeypatch.setattr(evaluation.multiprocessing, "get_context", lambda kind: asked.append(kind) or fork)
-    assert evaluation.score_all(pairs) == alone and len({s["rouge_l"] for s in alone}) == 40 and asked == ["spawn"]
 
 
 def test_results_do_not_outlive_their_answers(m, tmp_path, monkeypatch):
     """Were the disk full once the new answers are written, the old results beside them would be of others."""
     path = tmp_path / "results.json"
-    evaluation.keep({"of": "old"}, path, m, "samples.jsonl", [{"answer": "old"}])
-    monkeypatch.setattr(evaluation, "write_json", lambda path, value: (_ for _ in ()).throw(OSError("full")))
+    runs.keep({"of": "old"}, path, m, "samples.jsonl", [{"answer": "old"}])
+    monkeypatch.setattr(runs, "write_json", lambda path, value: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        evaluation.keep({"of": "new"}, path, m, "samples.jsonl", [{"answer": "new"}])
+        runs.keep({"of": "new"}, path, m, "samples.jsonl", [{"answer": "new"}])
     assert "new" in (tmp_path / "samples.jsonl").read_text() and not path.exists()
 
 
-def test_right_answers_are_counted_only_if_they_end(tiny_models, m, monkeypatch):
-    tokenizer = data.world_tokenizer()
-    examples = data.load_examples("tiny", "test", tokenizer, 64, 64, lambda *words: None)[:4]
-    student = load(tiny_models["student"])
+def test_right_answers_are_counted_only_if_they_end(tiny_models, m):
+    examples = some_rows(4)
 
     def gold(model, prompts, uniform, *more, **settings):
         rollout = sample(model, prompts, uniform, *more, **settings)
@@ -132,25 +174,55 @@ def test_right_answers_are_counted_only_if_they_end(tiny_models, m, monkeypatch)
         rollout.ended = torch.tensor([True, True, True, False])
         return rollout
 
-    monkeypatch.setattr(evaluation, "sample", gold)
-    means, _ = evaluate(student, tokenizer, examples, m, max_response_tokens=16)
+    means, _ = evaluate(load(tiny_models["student"]), data.world_tokenizer(), examples, m, gold, T=16)
     assert means["valid"] == [75.0] and means["rouge_l"] == [100.0] and means["exact_match"] == [100.0]
     assert means["distinct"] == [100.0]
 
 
-def test_the_interval_is_that_of_a_mean():
-    """Of 0 and 100 in equal parts: 50, give or take 1.96 standard errors."""
-    low, high = evaluation.interval([0.0, 100.0] * 200)
-    assert (low, high) == pytest.approx((50 - 1.96 * 2.5, 50 + 1.96 * 2.5), abs=0.6)
-    assert evaluation.interval([3.0] * 7) == (3.0, 3.0)
+# ---- no n-gram twice ------------------------------------------------------------------------------------------------
+
+def test_repeated_ngrams_as_transformers_bans_them():
+    processor = pytest.importorskip("transformers").NoRepeatNGramLogitsProcessor
+    seen = torch.randint(0, 9, (50, 7), generator=torch.Generator().manual_seed(0)).repeat(1, 2)
+    logp = torch.randn(50, 9).log_softmax(-1)
+    for n in (2, 3, 5):
+        want = processor(n)(seen, logp.clone())
+        got = without_repeats(n)(logp, list(range(50)), seen)
+        assert want.isinf().any() and torch.equal(got.isinf(), want.isinf())
+        torch.testing.assert_close(got, want.log_softmax(-1))
+    padded = torch.cat([torch.full((50, 3), -1), seen], 1)  # what is padding is no token
+    adjust = lambda n, said: without_repeats(n)(logp, list(range(50)), said)
+    torch.testing.assert_close(adjust(3, padded), adjust(3, seen))
+    assert adjust(3, seen[:, :2]) is logp
+    assert not adjust(2, torch.full((50, 4), -1)).isinf().any()
 
 
-def test_groups_by_length_of_the_reference():
-    groups = evaluation.by_length([1.0, 2.0, 3.0, 5.0, 10.0], [0, 5, 6, 10, 11])
-    assert groups == {"[0,5]": {"prompts": 2, "mean": 1.5}, "[6,10]": {"prompts": 2, "mean": 4.0},
-                      "[11,inf)": {"prompts": 1, "mean": 10.0}}
-    assert evaluation.by_length([4.0], [300]) == {"[11,inf)": {"prompts": 1, "mean": 4.0}}
+def test_no_ngram_comes_twice(m):
+    """Neither from the answer nor from the prompt, whatever the batch, and what is drawn from is what is noted."""
+    student, prompts = random_gpt(5), [[1, 2, 3], [4], [5, 6], [7, 8, 9, 1, 2], [3, 3]]
+    draw = lambda size, rule: sample(student, prompts, uniforms(0, range(5), 20),
+                                     dataclasses.replace(m, sample_batch=size), adjust=rule)
+    free, ruled, alone = draw(64, None), draw(64, without_repeats(2)), draw(1, without_repeats(2))
+    bigrams = lambda rollout: [list(pairwise(prompt + answer)) for prompt, answer in zip(prompts, rollout.answers)]
+    assert any(len(set(pairs)) < len(pairs) for pairs in bigrams(free))
+    assert all(len(set(pairs)) == len(pairs) for pairs in bigrams(ruled))
+    assert ruled.answers == alone.answers and ruled.answers != free.answers
+    gained = ruled.mixed_logp - ruled.student_logp
+    assert gained.min() > -1e-5 and gained.max() > 0.01
 
+
+def test_the_command_says_no_ngram_twice(tiny_models, tmp_path):
+    cfg = evaluation.Config(model=tiny_models["student"], limit=20, seeds=1, max_response_tokens=30, dtype="float32",
+                            device="cpu", no_repeat_ngram=2, out=str(tmp_path))
+    evaluation.main(cfg)
+    tokenizer = data.world_tokenizer()
+    for line in (tmp_path / "samples.jsonl").read_text().splitlines():
+        (tokens,) = data.encode(tokenizer, [json.loads(line)["answer"]])
+        assert len(set(pairwise(tokens))) == len(tokens[1:])
+    refused(lambda: evaluation.Config(no_repeat_ngram=1), "--no_repeat_ngram=1", "give 2 or more")
+
+
+# ---- command --------------------------------------------------------------------------------------------------------
 
 def test_several_sets_in_one_command(tiny_models, tmp_path):
     rows = [json.dumps({"instruction": "Tell about the cat", "output": "Anna found the cat"})] * 3
@@ -161,16 +233,14 @@ def test_several_sets_in_one_command(tiny_models, tmp_path):
     assert list(both) == cfg.data.split(",")
     for results, folder in zip(both.values(), ("tiny", "mine")):
         assert json.loads((tmp_path / "out" / folder / "results.json").read_text()) == results
-        low, high = results["rouge_l_interval"]
-        of_seeds = results["scores"]["rouge_l"]
-        assert low <= sum(of_seeds) / len(of_seeds) <= high
-        groups = results["rouge_l_by_length"].values()
-        assert sum(group["prompts"] for group in groups) == 3
-        mean = sum(group["prompts"] * group["mean"] for group in groups) / 3
-        assert mean == pytest.approx(sum(of_seeds) / len(of_seeds))
+        assert results["prompts"] == 3 and len(results["scores"]["rouge_l"]) == 2
     missing = dataclasses.replace(cfg, data="tiny,nope", out=str(tmp_path / "none"))
-    refused(lambda: evaluation.main(missing), "nope is no instruction set")
+    refused(lambda: evaluation.main(missing), "nope is not an instruction set")
     assert not (tmp_path / "none").exists()
+    twice = dataclasses.replace(cfg, data=f"{cfg.data},{tmp_path / 'out' / 'mine.jsonl'}")
+    refused(lambda: evaluation.main(twice), "two sets have one name")
+    both = evaluation.main(dataclasses.replace(cfg, corpus="tiny-text", out=None))
+    assert ["text_loss" in results["scores"] for results in both.values()] == [True, False]  # it is the same twice
 
 
 def test_the_command_writes_its_results_and_keeps_them(tiny_models, tmp_path, capsys):
@@ -185,17 +255,25 @@ def test_the_command_writes_its_results_and_keeps_them(tiny_models, tmp_path, ca
     assert evaluation.main(cfg) == results and "made earlier" in capsys.readouterr().out
 
 
-def test_results_of_another_model_are_not_overwritten(tiny_models, tmp_path, monkeypatch):
-    settings = dict(limit=1, seeds=1, max_response_tokens=2, out=str(tmp_path / "out"), device="cpu")
-    results = evaluation.main(evaluation.Config(model=tiny_models["student"], **settings))
+def test_results_of_other_settings_are_not_overwritten(tiny_models, tmp_path, monkeypatch):
+    """Of another model or set, of fewer prompts or seeds, or of a folder's own run: then distill.py makes them anew."""
+    cfg = evaluation.Config(model=tiny_models["student"], limit=3, seeds=2, max_response_tokens=2, device="cpu",
+                            out=str(tmp_path / "out"))
+    evaluation.main(cfg)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     monkeypatch.setattr(data, "load_rows", lambda name, split, load=data.load_rows: load("tiny", split))
-    for other in (dict(model=tiny_models["teacher"]), dict(model=tiny_models["student"], data="mine.jsonl")):
-        refused(lambda other=other: evaluation.main(evaluation.Config(**other, **settings)), "holds results of --",
-                "a folder of its own")
-    same = evaluation.Config(model=tiny_models["student"] + "/", data="tiny", **settings | dict(seeds=2))
-    assert len(evaluation.main(same)["seeds"]) == 2 and len(results["seeds"]) == 1
-    other = evaluation.Config(model=tiny_models["student"], data="mine.jsonl", **settings)
-    assert evaluation.main(other, own=True)["data"] == "mine.jsonl"  # distill.py --test_data=ANOTHER
+    for other in (dict(model=tiny_models["teacher"]), dict(data="mine.jsonl"), dict(limit=2), dict(limit=None),
+                  dict(seeds=1), dict(seeds=3), dict(max_response_tokens=1), dict(no_repeat_ngram=3)):
+        other = dataclasses.replace(cfg, **other)
+        refused(lambda other=other: evaluation.main(other), str(tmp_path / "out"), "other settings", "another --out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    for same in (dict(sample_batch=5), dict(device="auto"), dict(decoder="plain")):
+        evaluation.main(dataclasses.replace(cfg, **same))  # they change rounding at most
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert evaluation.main(dataclasses.replace(cfg, data="mine.jsonl"), own=True)["data"] == "mine.jsonl"
+    assert evaluation.main(dataclasses.replace(cfg, limit=2), own=True)["prompts"] == 2
+    (tmp_path / "out" / "results.json").write_text("[]")  # distill.py's table, which is no evaluation
+    refused(lambda: evaluation.main(cfg, own=True), str(tmp_path / "out"))
 
 
 def test_results_are_kept_for_the_file_that_they_were_made_with(tiny_models, tmp_path, capsys):
@@ -203,11 +281,12 @@ def test_results_are_kept_for_the_file_that_they_were_made_with(tiny_models, tmp
     rows.write_text(json.dumps(row) + "\n")
     cfg = evaluation.Config(model=tiny_models["student"], data=str(rows), seeds=1, max_response_tokens=4,
                             out=str(tmp_path / "out"), dtype="float32", device="cpu")
-    for changed, kept in ((False, False), (False, True), (True, False)):
-        if changed:
-            rows.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
-        assert evaluation.main(cfg)["prompts"] == 1 + changed
+    for kept in (False, True):
+        assert evaluation.main(cfg)["prompts"] == 1
         assert ("made earlier" in capsys.readouterr().out) == kept
+    rows.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    refused(lambda: evaluation.main(cfg), "of other files")
+    assert evaluation.main(cfg, own=True)["prompts"] == 2
 
 
 def test_results_are_kept_for_the_weights_and_the_text_that_they_were_made_with(tiny_models, tmp_path, capsys):
@@ -222,7 +301,9 @@ def test_results_are_kept_for_the_weights_and_the_text_that_they_were_made_with(
     for change, kept in ((moved, True), (lambda: change_weights(cfg.model), False), (more, False), (moved, True)):
         change()
         capsys.readouterr()
-        evaluation.main(cfg)
+        if not kept:
+            refused(lambda: evaluation.main(cfg), "of other files")
+        evaluation.main(cfg, own=True)
         assert ("made earlier" in capsys.readouterr().out) == kept
 
 
@@ -240,36 +321,16 @@ def test_the_loss_on_plain_text_is_of_that_text(tiny_models, tmp_path, m):
     assert loss == pytest.approx(want.item())
 
 
-def test_the_length_group_goes_by_the_first_reference(tiny_models, tmp_path):
-    outputs = ["Anna saw a cat.", "Anna saw a red cat and she fed it in the garden."]
-    row = {"instruction": "Tell about the cat", "output": outputs}
-    (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
-    cfg = evaluation.Config(model=tiny_models["student"], data=str(tmp_path / "mine.jsonl"), seeds=1, device="cpu",
-                            max_response_tokens=4)
-    assert list(evaluation.main(cfg)["rouge_l_by_length"]) == ["[0,5]"]
-
-
-def test_results_of_more_are_not_lost_to_a_try(tiny_models, tmp_path):
-    cfg = evaluation.Config(model=tiny_models["student"], data="tiny", seeds=2, limit=3, max_response_tokens=2,
-                            out=str(tmp_path), device="cpu")
-    evaluation.main(cfg)
-    for name, fewer in (("limit", 2), ("seeds", 1)):
-        try_it = dataclasses.replace(cfg, **{name: fewer})
-        refused(lambda cfg=try_it: evaluation.main(cfg), f"holds results made with --{name}=", "some would be lost")
-    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 6
-    assert evaluation.main(dataclasses.replace(cfg, limit=None, max_response_tokens=1))["prompts"] == 300
-
-
 def test_commands_that_cannot_work(tiny_models, tmp_path):
     refused(lambda: evaluation.main(evaluation.Config(model="out/nowhere/x/y")), "out/nowhere/x/y")
     refused(lambda: evaluation.main(evaluation.Config(model=tiny_models["student"], data="nope")),
-            "nope is no instruction set")
+            "nope is not an instruction set")
     save(random_gpt(vocab_size=77), tmp_path / "other")
     settings = dict(model=tiny_models["student"], teacher=str(tmp_path / "other"))
     refused(lambda: evaluation.main(evaluation.Config(**settings)), "the teacher has 77 tokens")
     (tmp_path / "results.json").write_text('{"best": null}')
     settings = dict(model=tiny_models["student"], out=str(tmp_path))
-    refused(lambda: evaluation.main(evaluation.Config(**settings)), f"--out={tmp_path}", "something else")
+    refused(lambda: evaluation.main(evaluation.Config(**settings)), str(tmp_path), "another --out")
     assert (tmp_path / "results.json").read_text() == '{"best": null}'
 
 

@@ -8,28 +8,30 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
 import pytest
 import torch
-from conftest import random_gpt, refused, weights
+from conftest import lines, random_gpt, refused, weights
 
 import config
 import data
 import distill
-import plan
 import teacher as supervised
-from config import Stopped, UserError, held, make
-from model import KVCache, intact, load, save
-from plan import measure
-from sample import sample, turns, uniforms
+from config import Stopped, UserError, make
+from model import load, save
+from safe import runs
+from safe.hub import intact, read_torch
+from tools import plan
+from tools.plan import measure
 
 pytestmark = pytest.mark.usefixtures("few_rows")
 KILLS = int(os.environ.get("MINILLM_KILLS", 3))
 # every stage of the built-in world at a few updates
-SMALL = dict(preset="tiny", teacher="1x2x12", student="1x2x8", baselines="seqkd", steps=8, warmup_steps=0, rollouts=8,
-             minibatch=4, inner_epochs=2, eval_every=4, valid_limit=4, eval_seeds=2, max_tokens=24, device="cpu")
+SMALL = dict(preset="tiny", teacher="1x2x12", student="1x2x8", baselines="seqkd", steps=8, rollouts=8, minibatch=4,
+             inner_epochs=2, eval_every=4, max_tokens=24, device="cpu")
 
 
 def shorten(monkeypatch) -> None:
@@ -65,7 +67,7 @@ def same_bits(out, whole, *stages: str) -> None:
 
 def signal_at(monkeypatch, module, step: int, *signums: int) -> None:
     """Sends this process signals when a line for this step is logged by `module`."""
-    log = supervised.log
+    log = runs.log
 
     def logging(out, m, line):
         log(out, m, line)
@@ -73,19 +75,19 @@ def signal_at(monkeypatch, module, step: int, *signums: int) -> None:
             for signum in signums:
                 os.kill(os.getpid(), signum)
 
-    monkeypatch.setattr(supervised, "log", logging)
+    monkeypatch.setattr(runs, "log", logging)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(signum, small, finished, tmp_path, monkeypatch, capsys):
     """The teacher's second update is then its last; in phase 2 what was sampled is used up first, in four updates."""
-    cfg = small(baselines="")
-    for module, step, saved in ((supervised, 2, "teacher: stopped and saved after update 2"),
-                                (distill, 2, "minillm: stopped and saved after update 4")):
+    cfg = small(baselines="", eval_every=8)  # no validation would save where it stops
+    for module, step, stage, saved in ((supervised, 2, "teacher", 2), (distill, 2, "minillm", 4)):
         with monkeypatch.context() as patch:
             signal_at(patch, module, step, signum)
-            with pytest.raises(Stopped, match=saved) as stopped:
+            with pytest.raises(Stopped, match=f"{stage}: stopped and saved after update {saved}") as stopped:
                 distill.main(dataclasses.replace(cfg, resume=True))
+        assert read_torch(tmp_path / "run" / stage / "state.pt")["step"] == saved
         assert stopped.value.signum == signum and "--resume" in str(stopped.value)
         assert "a second one stops at once" in capsys.readouterr().err
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -109,7 +111,7 @@ def test_a_signal_that_another_process_had_is_not_ones_own(monkeypatch):
         def max(self, tensor):
             tensor.fill_(signal.SIGTERM)
 
-    with pytest.raises(Stopped), config.Stop("soon") as stop:
+    with pytest.raises(Stopped), runs.Stop("soon") as stop:
         assert stop.asked(Both())
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
@@ -143,10 +145,10 @@ def test_the_exit_code_is_the_signals(monkeypatch, capsys):
 
 def test_two_runs_in_one_folder(small, tmp_path):
     cfg = small()
-    with held(tmp_path / "run"):
+    with runs.held(tmp_path / "run"):
         refused(lambda: distill.main(cfg), f"{tmp_path / 'run'}: another run is writing there", "--out")
         refused(lambda: supervised.main(supervised.Config(data="tiny", out=cfg.out)), "another run is writing there")
-    with held(tmp_path / "run"):  # it was let go
+    with runs.held(tmp_path / "run"):  # it was let go
         assert not os.path.exists(cfg.out)
 
 
@@ -183,8 +185,9 @@ def test_killed_at_any_moment(small, finished, tmp_path, capfd):
         while not killed_after(chance.uniform(0, takes), cfg):
             killed += 1
         same_bits(out, finished, "teacher", "init", "seqkd", "minillm")
-        for file in ("answers.jsonl", "minillm/samples.jsonl", "test/minillm/samples.jsonl"):
-            assert (out / file).read_text() == (finished / file).read_text()
+        for pattern in ("answers-*.jsonl", "minillm/samples.jsonl", "test/minillm/samples.jsonl"):
+            (one,), (other,) = out.glob(pattern), finished.glob(pattern)
+            assert one.read_text() == other.read_text()
         assert not list(out.rglob("state.pt"))
 
 
@@ -236,35 +239,32 @@ def test_a_file_of_the_hubs_cache_is_what_its_name_says(tmp_path):
     refused(lambda: intact(tmp_path / "model-1.safetensors"), "is damaged", f"remove {blob}")
 
 
-@pytest.mark.parametrize("file", ["teacher/state.pt.part", "minillm/state.pt.part", "minillm/samples.jsonl.part",
-                                  "minillm/log.jsonl", "minillm/run.json.part",
-                                  "minillm/results.json.part", "answers.jsonl.part", "test/minillm/results.json.part",
-                                  "results.json.part"])
-def test_a_full_disk_loses_nothing(file, small, tmp_path, finished):
+def test_a_full_disk_loses_nothing(small, tmp_path, finished):
     """Whatever is being written when there is no more room: one line, and with room again the same bits."""
-    full, cfg = tmp_path / "run" / file, small(resume=True)
-    full.parent.mkdir(parents=True)
-    full.symlink_to("/dev/full")
-    with pytest.raises((OSError, UserError), match="No space left on device") as caught:
-        distill.main(cfg)
-    assert "\n" not in str(caught.value)
-    full.unlink(missing_ok=True)
+    out, cfg = tmp_path / "run", small(resume=True)
+    answers = os.path.basename(distill.stages(cfg).answers.out)
+    for file in ("teacher/run.json.part", "teacher/model.safetensors.part", "teacher/state.pt.part", f"{answers}.part",
+                 "seqkd/log.jsonl", "minillm/log.jsonl", "minillm/model.safetensors.part",
+                 "minillm/samples.jsonl.part", "minillm/state.pt.part", "minillm/results.json.part",
+                 "test/minillm/samples.jsonl.part", "test/minillm/results.json.part", "results.json.part"):
+        full = out / file
+        full.parent.mkdir(parents=True, exist_ok=True)
+        full.symlink_to("/dev/full")
+        with pytest.raises((OSError, UserError), match="No space left on device") as caught:
+            distill.main(cfg)
+        assert "\n" not in str(caught.value), file
+        full.unlink(missing_ok=True)
+        assert not list(out.rglob("*.part")), file
     distill.main(cfg)
-    same_bits(tmp_path / "run", finished, "teacher", "init", "seqkd", "minillm")
-    assert not list((tmp_path / "run").rglob("*.part"))
+    same_bits(out, finished, "teacher", "init", "seqkd", "minillm")
 
 
-def test_weights_that_do_not_fit_onto_the_disk(tmp_path, monkeypatch):
-    import safetensors.torch
-
-    def full(tensors, path, metadata):
-        path.write_bytes(b"half")
-        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
+def test_weights_that_do_not_fit_onto_the_disk(tmp_path):
     save(random_gpt(1), tmp_path)
     before = weights(tmp_path)
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    refused(lambda: save(random_gpt(2), tmp_path), "model.safetensors", "No space left on device")
+    (tmp_path / "model.safetensors.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        save(random_gpt(2), tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json"}
 
@@ -314,45 +314,41 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_more(small, finishe
         distill.main(small(baselines="", out=str(tmp_path / "none")))
 
 
-def test_what_a_failed_attempt_had_added_to_the_gradient_is_forgotten(capsys):
-    """Memory may suffice for the first micro-batch, and not for the second."""
-    gpt, tokens = random_gpt(), torch.randint(0, 11, (4, 6), generator=torch.Generator().manual_seed(0))
+def test_a_run_without_memory_goes_on_from_the_last_state(small, finished, tmp_path, monkeypatch, capsys):
+    """What the failed update had added to the gradient is forgotten, and each update is logged once."""
+    clip, calls = supervised.clip_gradient, []
 
-    def add_up(micro_batch, room):
-        for at in range(0, 4, micro_batch):
-            if micro_batch > room and at:
-                raise torch.cuda.OutOfMemoryError
-            gpt.logits(gpt(tokens[at : at + micro_batch])).square().sum().backward()
-        return micro_batch
-
-    gradients = []
-    for room in (4, 1):
-        gpt.zero_grad()
-        assert supervised.fitting(add_up, 2, gpt, room) == ((2, 2) if room == 4 else (1, 1))
-        gradients.append(gpt.wte.weight.grad.clone())
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-3)
-    assert "--micro_batch=2 is 1 from here on" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("by_turns", [False, True])
-def test_out_of_memory_while_sampling_changes_nothing(by_turns, m, monkeypatch, capsys):
-    student, prompts = random_gpt(), [[1, 2, 3], [4], [5, 6], [7, 8, 9, 1, 2], [3, 3]]
-    mixed = dict(teacher=random_gpt(2), mix_alpha=0.5, turn=turns(0, 0, range(5), 12, 0.5, 1)) if by_turns else {}
-    draw = lambda **more: sample(student, prompts, uniforms(0, range(5), 12), m, **mixed, **more)
-    whole, room = draw(), KVCache.__init__
-
-    def small_room(cache, config, batch, *more):
-        if batch > 1:
+    def fail_once(*given, **more):
+        calls.append(given)
+        if len(calls) == 7:  # a state was saved after the fourth
             raise torch.cuda.OutOfMemoryError
-        room(cache, config, batch, *more)
+        return clip(*given, **more)
 
-    monkeypatch.setattr(KVCache, "__init__", small_room)
-    rollout = draw()
-    assert rollout.answers == whole.answers and capsys.readouterr().out.count("out of memory") == 2
-    torch.testing.assert_close(rollout.student_logp, whole.student_logp, atol=1e-5, rtol=0)
-    if not by_turns:  # which streams nothing
-        with pytest.raises(torch.cuda.OutOfMemoryError):
-            draw(on_token=lambda row, token: None)
+    distill.main(small(baselines="", out=str(tmp_path / "run")))
+    shutil.rmtree(tmp_path / "run" / "minillm")
+    monkeypatch.setattr(supervised, "clip_gradient", fail_once)
+    distill.main(small(baselines=""))
+    assert capsys.readouterr().out.count("--micro_batch=64 is 32 from here on") == 1 and len(calls) == 8 + 3
+    assert [line["step"] for line in lines(tmp_path / "run" / "minillm")] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    same_bits(tmp_path / "run", finished, "minillm")  # a minibatch of four is in one piece either way
+
+
+def test_memory_that_cannot_be_saved_ends_the_run(monkeypatch):
+    """One sample does not fit; or several processes, which would have to halve together."""
+    tried = []
+
+    def train(cfg, stop):
+        tried.append((cfg.micro_batch, cfg.resume))
+        raise torch.cuda.OutOfMemoryError
+
+    cfg = supervised.Config(micro_batch=5)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        runs.within_memory(train, cfg, None)
+    assert tried == [(5, False), (2, True), (1, True)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        runs.within_memory(train, cfg, None)
+    assert tried[3:] == [(5, False)]
 
 
 def test_killed_while_plain_text_is_tokenised(gpt2, m, tmp_path):

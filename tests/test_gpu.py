@@ -4,24 +4,26 @@ import dataclasses
 import gc
 import math
 import weakref
-from functools import lru_cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import CPU
 
-import bench
 import distill
 import eval as evaluation
-import exposure
-import sample as sampling
 import teacher as supervised
-from calibration import label_probabilities
-from config import Machine, Stopped, machine, make
-from data import Example, Row
-from model import GPTConfig, frozen, new, trained
-from sample import follow, sample, turns, uniforms
+from config import Stopped, machine, make
+from data import Example, Row, batch_of
+from exercises import explain
+from fast import decode
+from fast.decode import frozen
+from measure import exposure
+from measure.calibration import label_probabilities
+from model import GPTConfig, KVCache, new
+from safe import runs
+from sample import follow, uniforms
+from tools import bench
 
 pytestmark = pytest.mark.usefixtures("few_rows")
 if not torch.cuda.is_available():
@@ -37,23 +39,24 @@ def m():
 
 
 def gpt(seed, device):
-    return new(GPTConfig(2, 2, 128, vocab_size=80, n_positions=200, eos_token_id=79, resid_pdrop=0.0), seed).to(device)
+    return new(GPTConfig(2, 2, 128, vocab_size=80, n_positions=200, eos_token_id=79, embd_pdrop=0.0, attn_pdrop=0.0,
+                         resid_pdrop=0.0), seed).to(device)
 
 
 def models(device, dtype=torch.float32):
     return [frozen(gpt(seed, device), dtype) for seed in (0, 1)]
 
 
-def draw(m, by_turns=False, dtype=torch.float32, capture=False):
-    student, teacher = models(m.device, dtype)
-    turn = turns(0, 0, range(5), 60, 0.3, 2) if by_turns else None
-    return sample(student, PROMPTS, uniforms(4, range(5), 60), dataclasses.replace(m, capture=capture), teacher, 0.3, 5,
-                  keep_hidden=True, turn=turn)
+def draw(m, way="sample"):
+    """A rollout by decode.sample, captured or by_turns."""
+    student, teacher = models(m.device, m.dtype)
+    more = {"turn": decode.turns(0, 0, range(5), 60, 0.3, 2)} if way == "by_turns" else {}
+    return getattr(decode, way)(student, PROMPTS, uniforms(4, range(5), 60), m, teacher, 0.3, **more)
 
 
-@pytest.mark.parametrize("by_turns", [False, True])
-def test_it_says_what_the_cpu_says(m, by_turns):
-    here, there = draw(CPU, by_turns), draw(m, by_turns)
+@pytest.mark.parametrize("way", ["sample", "by_turns"])
+def test_it_says_what_the_cpu_says(m, way):
+    here, there = draw(CPU, way), draw(m, way)
     assert here.answers == there.answers
     for name in ("student_logp", "teacher_logp", "mixed_logp"):
         torch.testing.assert_close(getattr(here, name), getattr(there, name).cpu(), atol=1e-3, rtol=0)
@@ -61,13 +64,13 @@ def test_it_says_what_the_cpu_says(m, by_turns):
 
 def test_a_recorded_step_is_the_step(m, monkeypatch):
     """Prompts of several lengths, rows that leave, recordings of 128 columns and of more."""
-    recordings, caches, record, new_cache = [], [], sampling.record, sampling.KVCache.__init__
-    monkeypatch.setattr(sampling, "record", lambda step: recordings.append(1) or record(step))
-    monkeypatch.setattr(sampling.KVCache, "__init__",
+    recordings, caches, record, new_cache = [], [], decode.record, KVCache.__init__
+    monkeypatch.setattr(decode, "record", lambda step: recordings.append(1) or record(step))
+    monkeypatch.setattr(KVCache, "__init__",
                         lambda self, *given: caches.append(weakref.ref(self)) or new_cache(self, *given))
     gc.disable()
     try:
-        plain, recorded = draw(m), draw(m, capture=True)
+        plain, recorded = draw(m), draw(m, "captured")
         assert len(caches) == 4 and not any(cache() for cache in caches)  # let go of at once
     finally:
         gc.enable()
@@ -78,64 +81,89 @@ def test_a_recorded_step_is_the_step(m, monkeypatch):
         torch.testing.assert_close(getattr(plain, name)[mask], getattr(recorded, name)[mask], atol=1e-3, rtol=0)
 
 
+def test_a_recorded_prompt_of_one_token(m):
+    """Its place, too, is read from the tensor; and one model alone is recorded as two are."""
+    student, uniform = models(m.device)[0], uniforms(0, range(3), 9)
+    plain, recorded = (function(student, [[1], [2], [3]], uniform, m) for function in (decode.sample, decode.captured))
+    assert plain.answers == recorded.answers
+    torch.testing.assert_close(plain.student_logp, recorded.student_logp, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", sorted({HALF, "float16"}))
-@pytest.mark.parametrize("way", ["plain", "by_turns", "capture"])
+@pytest.mark.parametrize("way", ["sample", "by_turns", "captured"])
 def test_what_it_notes_in_few_bits_is_what_one_pass_finds(dtype, way):
     m = machine("cuda", dtype)
-    rollout, (student, teacher) = draw(m, way == "by_turns", m.dtype, way == "capture"), models(m.device, m.dtype)
+    rollout, (student, teacher) = draw(m, way), models(m.device, m.dtype)
     found, mask = follow(student, PROMPTS, rollout.answers, 60, m, teacher), rollout.response_mask
     for name in ("student_logp", "teacher_logp"):
         apart = (getattr(rollout, name) - getattr(found, name))[mask].abs()
         assert apart.mean() < 0.05 and apart.max() < 1
 
 
+def after_an_update(m, recompute, rollout, monkeypatch):
+    """What the supervised loss, and then an update of Eq. (7) by plain gradient descent, do to the weights."""
+    cfg = distill.Config(clip_eps=math.inf, lr=1.0, steps=1, rollouts=5, minibatch=5, inner_epochs=1, pt_coef=0.0,
+                         max_prompt_tokens=120, max_tokens=180, micro_batch=2)  # a ratio may lie at an edge of a clip
+    student, teacher = supervised.trained(gpt(2, m.device), recompute, compile=False), models(m.device, m.dtype)[1]
+    examples = [Example(Row(""), prompt[:5], [4, 3, 2, 79]) for prompt in PROMPTS]
+    moved = {name: value.to(m.device) for name, value in vars(rollout).items() if isinstance(value, torch.Tensor)}
+    monkeypatch.setattr(distill, "collect", lambda *given: dataclasses.replace(rollout, **moved))
+    scaler = supervised.optimizer_of(student, m, (0.9, 0.95), 0.0)[1]
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    supervised.add_gradient(student, batch_of(examples, m.device), 20, m, scaler)
+    supervised.clip_gradient(student, optimizer, scaler, m, largest=math.inf)
+    found = torch.cat([p.grad.cpu().flatten() for p in student.parameters()])
+    optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+    before = torch.cat([p.detach().cpu().flatten() for p in student.parameters()])
+    next(distill.algorithm_1(student, teacher, examples, [], optimizer, scaler, cfg, m, 0))
+    return found, torch.cat([p.detach().cpu().flatten() for p in student.parameters()]) - before
+
+
 @pytest.mark.parametrize("dtype, off", sorted({("float32", 1e-3), (HALF, 0.05), ("float16", 0.05)}))
 @pytest.mark.parametrize("recompute", [False, True])
-def test_an_update_has_the_cpus_gradients(dtype, off, recompute):
-    """Of the supervised loss, and of Eq. (7)."""
-    rows, grads = [Example(Row(""), prompt[:5], [4, 3, 2, 79]) for prompt in PROMPTS], {}
+def test_an_update_has_the_cpus_gradients(dtype, off, recompute, monkeypatch):
     rollout = draw(CPU)
-    for m in (CPU, machine("cuda", dtype)):
-        student = trained(gpt(2, m.device), recompute, compile=False)
-        optimizer, scaler = supervised.optimizer_of(student, m, (0.9, 0.95), 0.0)
-        backward = lambda loss, scaler=scaler: scaler.scale(loss / 100).backward()
-        supervised.answer_loss(student, rows, m, backward=backward)
-        moved = dataclasses.replace(rollout, **{
-            name: value.to(m.device) for name, value in vars(rollout).items() if isinstance(value, torch.Tensor)})
-        distill.score(student, models(m.device, m.dtype)[1], moved, [0, 2, 4], torch.ones_like(moved.student_logp),
-                      distill.Config(clip_eps=math.inf), m, backward)  # a ratio may lie at the edge
-        scaler.unscale_(optimizer)
-        grads[m.device.type] = torch.cat([p.grad.cpu().flatten() for p in student.parameters()])
-    assert (grads["cpu"] - grads["cuda"]).norm() <= off * grads["cpu"].norm()
+    here = after_an_update(CPU, recompute, rollout, monkeypatch)
+    there = after_an_update(machine("cuda", dtype), recompute, rollout, monkeypatch)
+    for ours, theirs in zip(here, there):
+        assert (ours - theirs).norm() <= off * ours.norm() > 0
 
 
 def test_what_does_not_fit_is_tried_with_half(m, capsys):
-    def hungry(micro_batch):
-        if micro_batch > 2:
-            torch.empty(2**50, device=m.device)
-        return "fits"
+    @dataclasses.dataclass
+    class Config:
+        micro_batch: int
+        resume: bool = False
 
-    assert supervised.fitting(hungry, 8, gpt(0, m.device)) == ("fits", 2)
+    def hungry(cfg, stop):
+        if cfg.micro_batch > 2:
+            torch.empty(2**50, device=m.device)
+        return cfg
+
+    assert runs.within_memory(hungry, Config(8), None) == Config(2, resume=True)
     assert capsys.readouterr().out.count("out of memory") == 2
 
 
-@pytest.mark.parametrize("more", [dict(capture=True, dtype=HALF), dict(
-    turns=2, dtype="float16", recompute=True, pt_kd=0.5, weight="exact")], ids=["capture", "turns"])
-def test_phase_2_from_end_to_end(distill_config, more, monkeypatch):
-    """With its plan before, which here measures each thing once, and the final evaluation."""
-    seconds = lru_cache(maxsize=1)(Machine.seconds)
-    monkeypatch.setattr(Machine, "seconds", lambda m, function: seconds(m, function))
-    rows = distill.main(distill_config(device="cuda", sample_batch=16, **more))
+@pytest.mark.parametrize("more", [dict(decoder="captured", dtype=HALF), dict(
+    decoder="turns", dtype="float16", recompute=True, pt_kd=0.5, weight="exact")], ids=["captured", "turns"])
+def test_phase_2_from_end_to_end(distill_config, more):
+    """With its plan before, and the final evaluation."""
+    rows = distill.main(distill_config(device="cuda", sample_batch=16, plan="auto", **more))
     assert len(rows) == 3 and all(math.isfinite(row["loss"]) and math.isfinite(row["reverse_kl"]) for row in rows)
 
 
 def test_a_stopped_run_goes_on_from_its_state(distill_config, tmp_path, monkeypatch):
     """The optimiser's moments return to the GPU, and the scaler's factor."""
     settings, asked = dict(device="cuda", dtype="float16", steps=8), iter([False, True])
+
+    def end(m, message):
+        raise Stopped(2, message)
+
     with pytest.raises(Stopped):
-        distill.distil(distill_config(**settings), SimpleNamespace(asked=lambda m: next(asked), signum=2))
+        distill.distil(distill_config(**settings), SimpleNamespace(asked=lambda m: next(asked), end=end))
     state = torch.load(tmp_path / "run" / "minillm" / "state.pt", map_location="cpu", weights_only=True)
-    load_state, seen = supervised.load_state, []
+    load_state, seen = runs.load_state, []
 
     def load_and_look(out, cfg, student, optimizer, scaler, m):
         loaded = load_state(out, cfg, student, optimizer, scaler, m)
@@ -146,12 +174,12 @@ def test_a_stopped_run_goes_on_from_its_state(distill_config, tmp_path, monkeypa
         assert scaler.state_dict() == state["scaler"] != {}
         return loaded
 
-    monkeypatch.setattr(supervised, "load_state", load_and_look)
+    monkeypatch.setattr(runs, "load_state", load_and_look)
     assert distill.distil(distill_config(**settings, resume=True))["best"] and {"exp_avg", "exp_avg_sq"} < set(seen)
 
 
 def test_an_update_explained(distill_config, capsys):
-    distill.main(distill_config(device="cuda", explain=True))
+    explain.main(distill_config(device="cuda"))
     assert "An update divides" in capsys.readouterr().out
 
 
@@ -162,7 +190,7 @@ def test_commands_find_what_they_find_on_the_cpu(tiny_models, tmp_path):
         few, m = both | dict(device=device, limit=4, max_response_tokens=6), machine(device, "float32")
         taught = supervised.main(make(supervised.Config, both | dict(
             device=device, data="tiny", out=str(tmp_path / device), updates=2, evals=1, batch_size=6, micro_batch=4,
-            valid_limit=5, max_prompt_tokens=16, max_tokens=44), supervised.presets))
+            max_prompt_tokens=16, max_tokens=44), supervised.presets))
         scores = evaluation.main(evaluation.Config(**few, seeds=2))["scores"]
         labels = label_probabilities(models(m.device)[0], PROMPTS, [[1], [2, 3]], m)
         found[device] = [taught["best"]["loss"], *scores["loss"], *scores["reverse_kl"], *scores["forward_kl"],
@@ -171,9 +199,8 @@ def test_commands_find_what_they_find_on_the_cpu(tiny_models, tmp_path):
 
 
 @pytest.mark.parametrize("part", bench.PARTS)
-@pytest.mark.parametrize("how", [dict(turns=True), dict(turns=False, capture=True)], ids=str)
-def test_every_part_of_the_benchmark_runs(part, how):
-    ours = bench.Ours(bench.Config(student="1x2x8", teacher="2x2x16", batch=2, rollouts=4, device="cuda", **how),
-                      machine("cuda", HALF, capture=how.get("capture", False)), 3)
+@pytest.mark.parametrize("decoder", ["turns", "captured"])
+def test_every_part_of_the_benchmark_runs(part, decoder):
+    ours = bench.Ours(bench.Config(student="1x2x8", teacher="2x2x16", batch=2, rollouts=4, device="cuda",
+                                   decoder=decoder), machine("cuda", HALF), 3)
     getattr(ours, part)()
-    assert ours.spent or part == "rouge"

@@ -1,4 +1,4 @@
-"""The judge: marks to a score by hand, replies of every kind, money spent once, and a key that is told to nobody."""
+"""The judge computes what one finds by hand, reads replies of every kind, pays once, and tells nobody the key."""
 
 import inspect
 import json
@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 from conftest import refused
 
-import judge
 from config import Stopped, parse
-from judge import Config, question, read_marks
+from measure import judge
+from measure.judge import Config, question, read_marks
 
 KEY = "sk-secret/0123456789"
 
 
 class Server:
-    """A judge on this machine. `replies` are used up first: (status, headers, body); then `rule` marks, with `bias` in
-    favour of what is shown first."""
+    """A judge on this machine. It gives `replies` first, (status, headers, body) each; then `rule` marks, with a
+    `bias` in favour of what is shown first."""
 
     def __init__(self, url: str):
         self.url, self.requests, self.headers, self.paths = url, [], [], []
@@ -67,7 +67,7 @@ def server():
             pass
 
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.handle_error = lambda *words: None  # a client that hangs up is no news
+    httpd.handle_error = lambda *words: None  # a client may hang up
     here = Server(f"http://127.0.0.1:{httpd.server_port}/v1")
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -79,7 +79,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """No pause between retries, no key but where a test sets one."""
+    """There are no pauses between retries, and no key unless a test sets one."""
     monkeypatch.setattr(judge, "BACKOFF", 0.0)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
@@ -122,7 +122,7 @@ def cached(cfg: Config) -> list[dict]:
     ("I give 8 7", None), ("Marks:\n8 7", None), ("Assistant 2: 7 Assistant 1: 8", None), ("٨ ٧", None),
     ("8" + " " * 10**6, None), ("8 " + "* " * 10**5 + "x", None)])
 def test_two_marks_on_the_first_line_or_none(reply, marks):
-    """Forgiving of form, never of a third number, a word, or marks in the other order; quick with any reply."""
+    """The form may vary. A third number, a word, or marks in the other order are refused. Any reply is read quickly."""
     assert read_marks(reply) == marks
 
 
@@ -140,7 +140,7 @@ def test_an_answer_cannot_end_itself():
 # ---- the score ------------------------------------------------------------------------------------------------------
 
 def test_the_score_by_hand(config, server, capsys):
-    """The ratio of sums, not the mean of ratios, and its mean over seeds; the first reference only."""
+    """The score is a ratio of sums, not a mean of ratios, averaged over seeds. Only the first reference counts."""
     results = judge.main(config())
     assert results["score_by_seed"] == {"10": 75.0, "20": 50.0} and results["score"] == 62.5
     # of 4 draws of two prompts: prompt 0 twice (75 + 12.5) / 2, prompt 1 twice (75 + 125) / 2, else the score itself
@@ -158,7 +158,7 @@ def test_the_score_by_hand(config, server, capsys):
 
 
 def test_both_orders_cancel_a_bias_for_the_first(config, server):
-    """Two marks more for what is shown first: each sum grows by one a comparison, ties stay ties."""
+    """What is shown first gets two marks more: each sum grows by one a comparison, and ties stay ties."""
     server.bias = 2
     results = judge.main(config())
     assert results["first_place"] == 2 and results["marks"] == {"model": 4.75, "reference": 7.0}
@@ -173,7 +173,7 @@ def test_the_interval_of_a_ratio_is_that_of_the_delta_method():
 
 
 def test_a_seed_without_a_prompt_does_not_spoil_the_interval():
-    """A draw may hold no row of a seed: its ratio is not a number, and left out of the mean."""
+    """A draw may hold no row of a seed. Then that ratio is not a number, and the mean leaves it out."""
     above, below = np.array([[4.0, 0.0], [6.0, 5.0]]), np.array([[8.0, 0.0], [8.0, 10.0]])
     assert judge.ratio(above, below) == ([62.5, 50.0], [50.0, 62.5])
 
@@ -183,7 +183,7 @@ def counts(results: dict) -> list[int]:
 
 
 def test_win_tie_and_loss_by_hand(config, tmp_path, capsys):
-    """Rows meet by seed, instruction and input, whatever their number; those without a partner are told."""
+    """Rows are paired by seed, instruction and input, whatever their number. The others are counted aloud."""
     other = [answer(10, 7, 5, instruction="Do 0"), answer(10, 8, 3, instruction="Do 1"),
              answer(20, 7, 9, instruction="Do 0"), answer(20, 5, 9, instruction="Do 5"),
              answer(20, 6, 1, instruction="Do 1", input="with input")]
@@ -194,14 +194,14 @@ def test_win_tie_and_loss_by_hand(config, tmp_path, capsys):
     assert results["win"]["interval"] == [0.0, 50.0]  # prompt 1 twice: no win; prompt 0 twice: one of two
     assert results["marks"] == {"model": pytest.approx(10 / 3), "other": pytest.approx(17 / 3)}
     assert results["kind"] == "pairwise" and "score" not in results
-    assert "left out: 3 answers without a partner" in capsys.readouterr().out
+    assert "left out: 3 answers to prompts that the other model was not asked" in capsys.readouterr().out
     assert json.loads((Path(cfg.answers) / judge.file_of(cfg)).read_text()) == results
     nothing = write(tmp_path / "nothing", [answer(30, 0, 5)])
     refused(lambda: judge.main(config(against=nothing)), "no seed, instruction and input in common")
 
 
 def test_a_verdict_is_of_both_orders(config, server, tmp_path):
-    """A judge that prefers the first by much calls a win and a loss; the sums say which weighs more."""
+    """A judge that strongly prefers the first gives each answer a win; the sums say which win weighs more."""
     server.bias = 3
     results = judge.main(config(against=write(tmp_path / "other", [answer(10, 0, 5), answer(10, 1, 3)])))
     assert counts(results) == [1, 1, 0] and results["first_place"] == 3
@@ -215,7 +215,7 @@ def test_an_instruction_that_is_there_twice_meets_its_namesakes_in_order(config,
 
 
 def test_equal_questions_are_asked_once(config, server, tmp_path):
-    """Two seeds with one answer, and an answer that is the reference, whose two orders are the same words."""
+    """Two seeds have one answer, and one answer is its reference, so that both of its orders are the same words."""
     rows = [answer(10, 0, 6, 8), answer(20, 0, 6, 8), answer(10, 1, 4, 4)]
     results = judge.main(config(answers=write(tmp_path / "equal", rows)))
     assert len(server.requests) == 3 and results["judged"] == 3 and results["usage"]["calls"] == 3
@@ -228,7 +228,7 @@ def test_limit_takes_the_first_prompts_of_every_seed(config, server):
 
 
 def test_another_judge_or_rival_has_a_file_of_its_own(config, tmp_path):
-    """Two runs of distill.py differ in the folders above test/minillm only, and those perhaps by a space."""
+    """Two runs of distill.py may differ only in the folders above test/minillm, and those only by a space."""
     rivals = [write(tmp_path / run / "test" / "minillm", ROWS) for run in ("a b", "a-b")]
     settings = [{}, {"judge": "org/other model"}, {"against": rivals[0]}, {"against": rivals[1]}]
     results = [judge.main(config(**given)) for given in settings]
@@ -240,7 +240,7 @@ def test_another_judge_or_rival_has_a_file_of_its_own(config, tmp_path):
 # ---- money ----------------------------------------------------------------------------------------------------------
 
 def test_a_second_run_asks_nothing(config, server, monkeypatch):
-    """Not even for a key, and from another address; another judge is asked anew."""
+    """It does not even ask for a key, and the address may be another. Another judge is asked anew."""
     results = judge.main(config())
     assert len(server.requests) == 8
     again = judge.main(config(url="https://api.openai.com/v1"))
@@ -250,7 +250,7 @@ def test_a_second_run_asks_nothing(config, server, monkeypatch):
 
 
 def test_a_reply_is_on_disk_before_the_next_question(config, server):
-    """Who pulls the plug has paid for nothing that is not there."""
+    """If the power fails, everything that was paid for is there, except the replies on their way."""
     rule, lines = server.rule, []
     server.rule = lambda messages: lines.append(len(cached(config()))) or rule(messages)
     judge.main(config(workers=1))
@@ -306,7 +306,7 @@ def test_a_malformed_reply_is_asked_again_in_other_words(config, server):
 
 
 def test_comparisons_without_marks_are_left_out_and_counted(config, server, capsys):
-    """In one order is not enough. Nothing malformed is kept, so that the next run asks for it again."""
+    """Marks in one order are not enough. No malformed reply is kept, so the next run asks again."""
     rule = server.rule
     server.rule = lambda messages: "no" if "assistant 1" in messages[1]["content"] and re.search(
         r"assistant 1 \w+ ===\nmark 3", messages[1]["content"]) else rule(messages)
@@ -321,7 +321,7 @@ def test_comparisons_without_marks_are_left_out_and_counted(config, server, caps
 def test_if_most_have_no_marks_the_results_are_written_and_an_error_says_so(config, server):
     rule = server.rule
     server.rule = lambda messages: rule(messages) if "mark 6" in messages[1]["content"] else "no"
-    refused(lambda: judge.main(config()), "3 of 4 comparisons have no marks", "judge-j.json is of the others only")
+    refused(lambda: judge.main(config()), "3 of 4 comparisons have no marks", "--judge=j does not reply as asked")
     written = json.loads((Path(config().answers) / "judge-j.json").read_text())
     assert written["score"] == 75.0 and written["unscored"] == 3
 
@@ -338,7 +338,7 @@ def test_what_is_no_reply_counts_as_one_that_cannot_be_read(config, server, body
 
 @pytest.mark.parametrize("headers", [{"Content-Length": "9999"}, {"Content-Encoding": "gzip"}])
 def test_a_reply_cut_off_on_its_way_is_asked_again(config, server, headers):
-    """Shorter than announced, or not of the encoding announced."""
+    """The body is shorter than announced, or not encoded as announced."""
     server.replies = [(200, headers, completion("8 7"))]
     results = judge.main(config(workers=1))
     assert len(server.requests) == 9 and results["usage"]["calls"] == 9 and results["score"] == 62.5
@@ -347,7 +347,7 @@ def test_a_reply_cut_off_on_its_way_is_asked_again(config, server, headers):
 @pytest.mark.parametrize("usage", [None, [], {"prompt_tokens": "9"},
                                    {"prompt_tokens": -9, "completion_tokens": 10**99}])
 def test_usage_that_makes_no_sense_is_not_counted(config, server, usage):
-    """And the cache it went into can be read again."""
+    """The cache can be read again, too."""
     server.always((200, {}, completion("8 7", usage=usage)))
     results = judge.main(config())
     assert results["usage"] == {"calls": 8, "prompt_tokens": 0, "completion_tokens": 0}
@@ -357,7 +357,7 @@ def test_usage_that_makes_no_sense_is_not_counted(config, server, usage):
 # ---- servers that fail ----------------------------------------------------------------------------------------------
 
 def test_a_busy_server_is_waited_for(config, server, monkeypatch):
-    """As long as it asks for, but not for a day."""
+    """The wait is as long as the server asks for, but never a day."""
     waits = []
     monkeypatch.setattr("time.sleep", lambda seconds: waits.append(seconds))
     server.replies = [(429, {"Retry-After": "7"}, b""), (503, {}, b""), (502, {}, b"")]
@@ -369,7 +369,7 @@ def test_a_busy_server_is_waited_for(config, server, monkeypatch):
 
 
 def test_a_server_that_fails_for_good_costs_nothing_twice(config, server):
-    """One line, no result, and the same command afterwards asks for the rest only."""
+    """The mistake is one line, nothing is written, and the same command later asks for the rest only."""
     rule, server.replies = server.rule, ["6 8", "8 6", "3 4"]
     server.always((500, {}, KEY.encode()))
     message = refused(lambda: judge.main(config(workers=1)), "answers 500", "3 replies are kept in", "the same command")
@@ -382,21 +382,43 @@ def test_a_server_that_fails_for_good_costs_nothing_twice(config, server):
 @pytest.mark.parametrize("stop, signum", [(KeyboardInterrupt(), signal.SIGINT),
                                           (Stopped(signal.SIGTERM), signal.SIGTERM)], ids=["Ctrl-C", "SIGTERM"])
 def test_one_that_stops_keeps_what_it_has(stop, signum, config, server, monkeypatch):
-    """Ctrl-C or SIGTERM: the replies on their way are kept too, the others are not asked for."""
+    """After Ctrl-C or SIGTERM the replies on their way are kept, and nothing more is asked."""
     rule = server.rule
     server.rule = lambda messages: time.sleep(0.1 * (len(server.requests) > 1)) or rule(messages)
 
-    def interrupted(done, *words, **settings):
-        next(iter(done))
-        raise stop
+    wait, waited = judge.wait, []
 
-    monkeypatch.setattr(judge, "tqdm", interrupted)
+    def interrupted(asked, **settings):
+        waited.append(len(asked))
+        if len(waited) == 2:
+            raise stop
+        return wait(asked, **settings)
+
+    monkeypatch.setattr(judge, "wait", interrupted)
     with pytest.raises(Stopped, match="the same command goes on") as stopped:
         judge.main(config())
     kept, message = len(cached(config())), str(stopped.value)
     assert stopped.value.signum == signum and 1 <= kept == len(server.requests) <= 4 and f"{kept} replies" in message
     monkeypatch.undo()
     assert judge.main(config())["score"] == 62.5 and len(server.requests) == 8
+
+
+@pytest.mark.parametrize("signals, raised", [(1, Stopped), (2, KeyboardInterrupt)])
+def test_what_fails_after_a_signal_is_still_a_stop(signals, raised, config, server, monkeypatch):
+    """A reply that fails later does not hide the signal. A second signal ends the run at once."""
+    server.always((404, {}, b""))
+    wait, waited = judge.wait, []
+
+    def interrupted(asked, **settings):
+        waited.append(asked)
+        if len(waited) <= signals:
+            raise KeyboardInterrupt
+        return wait(asked, **settings)
+
+    monkeypatch.setattr(judge, "wait", interrupted)
+    with pytest.raises(raised):
+        judge.main(config())
+    assert len(server.requests) <= 2  # as many as there are workers
 
 
 def test_a_server_that_is_not_there_or_silent(config, server):
@@ -413,7 +435,7 @@ def test_a_server_that_is_not_there_or_silent(config, server):
 
 
 def test_other_refusals_say_what_the_server_says(config, server, monkeypatch):
-    """On one line, without what would move a terminal's cursor, without the key, and not at any length."""
+    """The message is one line of limited length, without the key and without what would move a terminal's cursor."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     escaped = KEY.replace("s", "\\u0073").replace("/", "\\/")
     for body in (f"no model j\n\x1b[2J {KEY[:5]}\0{KEY[5:]} " + "x" * 999,
@@ -426,14 +448,14 @@ def test_other_refusals_say_what_the_server_says(config, server, monkeypatch):
 # ---- the key --------------------------------------------------------------------------------------------------------
 
 def everything(tmp_path: Path, capsys) -> str:
-    """All that was printed and all that lies in files."""
+    """All that was printed, and the content of all files."""
     printed = capsys.readouterr()
     return printed.out + printed.err + "".join(
         path.read_text() for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_the_key_goes_into_the_header_and_nowhere_else(config, server, tmp_path, monkeypatch, capsys):
-    """Not even if the judge repeats it in a reply, which is kept."""
+    """That holds even if the judge repeats the key in a reply, which is kept."""
     monkeypatch.setenv("MY_KEY", KEY)
     rule = server.rule
     server.rule = lambda messages: rule(messages) + f"\nYour key is {KEY}."
@@ -448,10 +470,10 @@ def test_the_key_goes_into_the_header_and_nowhere_else(config, server, tmp_path,
 def test_a_key_that_is_refused_is_not_repeated(config, server, tmp_path, monkeypatch, capsys, status):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server.always((status, {}, json.dumps({"error": {"message": f"Incorrect API key {KEY}"}}).encode()))
-    message = refused(lambda: judge.main(config()), f"answers {status}", "refuses the key in $OPENAI_API_KEY")
+    message = refused(lambda: judge.main(config()), f"answers {status}", "refuses the key in $OPENAI_API_KEY, or")
     assert KEY not in message + everything(tmp_path, capsys) and "Incorrect" not in message
     monkeypatch.delenv("OPENAI_API_KEY")
-    refused(lambda: judge.main(config()), "wants a key: put one into $OPENAI_API_KEY")
+    refused(lambda: judge.main(config()), "refuses the key in $OPENAI_API_KEY, or wants one")
 
 
 def test_a_redirect_is_not_followed(config, server, monkeypatch):
@@ -488,27 +510,25 @@ def test_a_key_is_asked_for_where_one_is_needed(config, monkeypatch):
 
 @pytest.mark.parametrize("settings, words", [
     (dict(answers=None), ["give --answers"]), (dict(judge=None), ["--judge=gpt-4"]),
-    (dict(url="ftp://host/v1"), ["--url=ftp://host/v1", "http://"]), (dict(url="localhost:8000"), ["no address"]),
-    (dict(url="http://"), ["no address"]), (dict(url="http://a b/v1"), ["no address"]),
-    (dict(url="http://[1.2.3.4]/v1"), ["no address"]),
-    (dict(url="http://me:secret@host/v1"), ["--url must hold no user"]),
-    (dict(url="http://host/v1?key=secret"), ["--url must hold no user"]),
-    (dict(url="http://host/v1#secret"), ["--url must hold no user"]),
-    (dict(key_env="sk-secret"), ["--key_env is the name"]), (dict(key_env="gsk_secret"), ["--key_env is the name"]),
+    *((dict(url=url), ["--url must look like http://"]) for url in (
+        "ftp://host/v1", "localhost:8000", "http://", "http://a b/v1", "http://[1.2.3.4]/v1", "http://host/v1#secret",
+        "http://me:secret@host/v1", "http://host/v1?key=secret")),
+    (dict(key_env="sk-secret"), ["--key_env must be the name"]), (dict(key_env="gsk_secret"), ["--key_env must be"]),
     (dict(price_in=1.0), ["go together"]), (dict(max_cost=1.0), ["--max_cost=1 needs"]),
     (dict(workers=0), ["--workers=0 is out of range"])])
 def test_flags_that_cannot_work(config, settings, words):
-    """What may be a secret is not repeated."""
+    """The message does not repeat what may be a secret."""
     assert "secret" not in refused(lambda: config(**settings), *words)
 
 
 @pytest.mark.parametrize("line, words", [
-    ("{", ["no JSON object"]), ("[]", ["no JSON object"]), ("[" * 10**5, ["no JSON object"]),
-    (json.dumps(ROWS[0] | {"seed": "10"}), ['"seed" is missing or no int']),
-    (json.dumps(ROWS[0] | {"answer": None}), ['"answer" is missing or no str']),
-    (json.dumps(answer(30, 0, 5)), ['no "references"', "evaluate it anew"]),
+    ("{", ["not JSON", "cut off"]), ("[]", ["one JSON object a line"]), ("[" * 10**5, ["nested too deeply"]),
+    *((json.dumps(ROWS[0] | {name: value}), [f'"{name}" is missing or of another type']) for name, value in (
+        ("seed", "10"), ("seed", True), ("answer", None), ("prompt", 1.0))),
+    (json.dumps(answer(30, 0, 5)), ['no "references"', "older eval.py"]),
     (json.dumps(answer(30, 0, 5, references=[])), ['no "references"']),
-    (json.dumps(ROWS[0]), ["prompt 0 of seed 10 is there twice"])])
+    (json.dumps(answer(30, 0, 5, references=[1])), ['no "references"']),
+    (json.dumps(ROWS[0]), ["prompt 0 of seed 10 comes twice"])])
 def test_a_bad_row_is_named_with_its_line(config, tmp_path, line, words):
     path = Path(write(tmp_path / "bad", ROWS)) / "samples.jsonl"
     path.write_text(path.read_text() + line + "\n")

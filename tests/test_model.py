@@ -3,10 +3,10 @@
 import json
 import multiprocessing
 import os
+import re
 import sys
 import threading
 import time
-import weakref
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,20 +17,9 @@ from safetensors.torch import save_file
 
 import model
 from config import Machine, UserError
-from model import (
-    GPTConfig,
-    KVCache,
-    PackedLinear,
-    by_chunks,
-    frozen,
-    learn_by_chunks,
-    load,
-    new,
-    predicting,
-    same_vocabulary,
-    save,
-    trained,
-)
+from model import GPTConfig, KVCache, causal_mask, load, new, same_vocabulary, save
+
+CPU = torch.device("cpu")
 
 
 def their_gpt(folder=None, **shape):
@@ -76,7 +65,7 @@ def test_logits_equal_transformers(shape, tmp_path):
 
 def test_cached_equals_uncached():
     gpt = random_gpt()
-    tokens, cache = tokens_for(gpt.config, length=12), KVCache(gpt.config, 2, 12, torch.device("cpu"), torch.float32)
+    tokens, cache = tokens_for(gpt.config, length=12), KVCache(gpt.config, 2, 12, CPU, torch.float32)
     parts = [logits(gpt, part, cache=cache) for part in tokens.split([5, 1, 1, 3, 2], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), logits(gpt, tokens), atol=1e-5, rtol=0)
 
@@ -88,7 +77,7 @@ def test_a_padded_row_equals_the_same_row_alone(cached):
     rows = [[1, 2, 3, 4], [5, 6], [7, 8, 9]]
     width, starts = 4, torch.tensor([0, 2, 1])
     left = torch.tensor([[9] * (width - len(r)) + r for r in rows])
-    cache = KVCache(gpt.config, 3, 6, torch.device("cpu"), torch.float32) if cached else None
+    cache = KVCache(gpt.config, 3, 6, CPU, torch.float32) if cached else None
     got = logits(gpt, left, starts=starts, cache=cache)
     assert got.isfinite().all()
     if cached:  # rows go on, and one leaves
@@ -106,129 +95,91 @@ def test_a_padded_row_equals_the_same_row_alone(cached):
         torch.testing.assert_close(logits(gpt, right)[i, : len(r)], alone, atol=1e-5, rtol=0)
 
 
+def test_the_cache_holds_what_was_fed_and_drops_rows_in_place():
+    cache = KVCache(random_gpt().config, 3, 6, CPU, torch.bfloat16)
+    assert [kv.shape for kv in cache.layers] == [(2, 3, 2, 6, 4)] * 2
+    assert cache.layers[0].dtype == torch.float32  # on a CPU, whatever autocast computes in
+    fed = torch.arange(2 * 3 * 2 * 3 * 4.0).view(2, 3, 2, 3, 4)
+    for first, last in ((0, 2), (2, 3)):
+        T = last - first
+        assert cache.positions(T).tolist() == list(range(first, last)) and cache.columns(T) == last
+        for layer in range(2):
+            held = cache.extend(layer, *(fed[:, :, :, first:last] + layer))
+            assert torch.equal(torch.stack(held), fed[:, :, :, :last] + layer)
+        assert cache.length == first  # both layers write in the same place
+        cache.advance(T)
+    places = [kv.data_ptr() for kv in cache.layers]
+    cache.keep(torch.tensor([0, 2]))
+    held = cache.extend(1, *(fed[:, [0, 2], :, :1] - 1))
+    assert torch.equal(torch.stack(held), torch.cat([fed[:, [0, 2]] + 1, fed[:, [0, 2], :, :1] - 1], 3))
+    assert [kv.data_ptr() for kv in cache.layers] == places and cache.length == 3
+
+
+def test_a_token_sees_itself_and_what_is_before_it_but_for_padding():
+    seen = lambda mask: (mask == 0).int().tolist()
+    assert seen(causal_mask(torch.tensor([1, 2]), 4, None)) == [[1, 1, 0, 0], [1, 1, 1, 0]]
+    mask = causal_mask(torch.tensor([0, 2]), 3, torch.tensor([0, 1]))
+    assert seen(mask) == [[[[1, 0, 0], [1, 1, 1]]], [[[1, 0, 0], [0, 1, 1]]]]  # padding sees itself
+    assert set(mask.flatten().tolist()) == {0.0, -torch.inf}
+
+
 def test_too_many_tokens_are_refused():
-    refused(lambda: logits(random_gpt(), torch.zeros(1, 33, dtype=torch.long)), "33 tokens", "32 positions")
+    gpt = random_gpt()
+    refused(lambda: logits(gpt, torch.zeros(1, 33, dtype=torch.long)), "33 tokens", "32 positions")
+    cache = KVCache(gpt.config, 1, 40, CPU, torch.float32)
+    logits(gpt, torch.zeros(1, 30, dtype=torch.long), cache=cache)
+    refused(lambda: logits(gpt, torch.zeros(1, 3, dtype=torch.long), cache=cache), "33 tokens", "32 positions")
 
 
-def test_the_states_that_predict_a_response():
-    hidden = torch.arange(12.0).view(2, 6, 1)
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    assert hidden[predicting([[0] * 2, [0] * 4], mask)].squeeze(1).tolist() == [1, 2, 3, 9]
+@pytest.mark.parametrize("names", [["embd_pdrop"], ["attn_pdrop"], ["resid_pdrop"],
+                                   ["embd_pdrop", "attn_pdrop", "resid_pdrop"]], ids="-".join)
+def test_each_dropout_of_a_config_acts_where_transformers_has_it(names, tmp_path):
+    """The same draws drop the same activations while training, and none in evaluation."""
+    none = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+    theirs = their_gpt(tmp_path, **none | {name: 0.1 * (n + 2) for n, name in enumerate(names)})
+    ours = load(str(tmp_path))
+    tokens = tokens_for(ours.config)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(ours, tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+        torch.manual_seed(3)
+        want = theirs.train()(tokens).logits
+        torch.manual_seed(3)
+        got = logits(ours.train(), tokens)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert (got - logits(ours.eval(), tokens)).abs().max() > 1e-3
+    ours.set_dropout(0.0)
+    torch.testing.assert_close(logits(ours.train(), tokens), logits(ours.eval(), tokens), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("where", [predicting([[1], [2, 3, 4]], torch.ones(2, 2).bool()), (slice(None), -1),
-                                   (slice(None), slice(2, None))], ids=["predicting", "last", "from"])
-def test_only_what_is_read_is_made_in_the_last_layer(where, recompute):
-    """The same states, and the same gradients of all weights, in float64."""
-    tokens, found = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 1]]), []
-    for states in (lambda model: model(tokens)[where], lambda model: model(tokens, where=where)):
-        model, made = random_gpt().double(), []
-        model.recompute = recompute
-        model.h[-1].ln_2.register_forward_hook(lambda layer, given, x, made=made: made.append(x.numel()))
-        hidden = states(model)
-        hidden.sin().sum().backward()
-        found.append((hidden.detach(), made[0] // 8, [p.grad for p in model.parameters()]))
-    (whole, everywhere, grads), (some, read, same) = found
-    torch.testing.assert_close((some, same), (whole, grads), atol=1e-12, rtol=0)
-    assert everywhere == 10 and read == some.numel() // 8 < 10
+def test_the_dropouts_of_a_config_are_read_kept_and_set(tmp_path):
+    dropouts = lambda gpt: [gpt.drop.p, *(x for h in gpt.h for x in (h.attn.dropout, h.dropout.p))]
+    save(random_gpt(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3), tmp_path / "a")
+    save(load(str(tmp_path / "a")), tmp_path / "b")
+    gpt = load(str(tmp_path / "b"))
+    assert dropouts(gpt) == [0.1, 0.2, 0.3, 0.2, 0.3]
+    gpt.set_dropout(0.4)
+    assert dropouts(gpt) == [0.4] * 5
 
 
-@pytest.mark.parametrize("chunk, vocab_size", [(100, 11), (3, 11), ([4, 1, 5], 11), (3, 5000)])
-def test_chunks_taken_backward_at_once_change_nothing(chunk, vocab_size):
-    """Values and gradients in float64, of the embedding too, also of one that is added up in several pieces, against
-    the whole taken backward at the end; and logits are made once for each row."""
-    gpt, tokens = random_gpt(vocab_size=vocab_size).double(), torch.arange(10)[None]
-    weights, made = torch.arange(10.0, dtype=torch.float64), []
-
-    def terms(head, hidden, weight):
-        made.append(len(hidden))
-        kl = gpt.logits(hidden, head).log_softmax(-1).exp().square().sum(-1)
-        return weight * kl, kl, hidden.sum(-1)
-
-    hidden = gpt(tokens)[0]
-    loss, *values = terms(gpt.head(), hidden, weights)
-    (loss.sum() / 7).backward()
-    want = [p.grad for p in gpt.parameters()]
-    gpt.zero_grad()
-    made.clear()
-    trained(gpt, recompute=False, compile=False)
-    got = learn_by_chunks(terms, chunk, lambda loss: (loss / 7).backward(), gpt, gpt(tokens)[0], weights)
-    assert sum(made) == 10 and not any(value.requires_grad for value in got)
-    for one, other in zip((loss, *values), got, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
-    for one, p in zip(want, gpt.parameters(), strict=True):
-        torch.testing.assert_close(one, p.grad, atol=1e-12, rtol=0)
-    parts = by_chunks(lambda hidden: terms(gpt.head(), hidden, 1.0), chunk, hidden)
-    torch.testing.assert_close(parts[1], values[0], atol=1e-12, rtol=0)
-
-
-def test_the_head_is_less_its_mean_row_however_many_pieces_it_is_made_in():
+def test_under_autocast_the_head_is_less_its_mean_row():
+    """And its gradient is the output's: the mean is a constant, which softmax does not notice."""
     gpt = random_gpt(vocab_size=5000)
+    assert gpt.head() is gpt.wte.weight
     with torch.autocast("cpu", torch.bfloat16):
         head = gpt.head()
     weight = gpt.wte.weight.detach()
     assert torch.equal(head.detach(), (weight - weight.mean(0)).bfloat16())
-
-
-def test_a_chunk_is_let_go_of_before_the_next_and_before_the_layers():
-    """Its head stands for the head's gradient and its graph, which hang together."""
-    gpt, heads, alive = random_gpt(n_embd=32), [], []
-
-    def terms(head, hidden):
-        alive.append(sum(before() is not None for before in heads))
-        heads.append(weakref.ref(head))
-        return (gpt.logits(hidden, head)[:, 3],)
-
-    hidden = gpt(torch.arange(10)[None])[0]
-    hidden.register_hook(lambda gradient: alive.append(sum(head() is not None for head in heads)))
-    learn_by_chunks(terms, 4, lambda loss: loss.backward(), gpt, hidden)
-    assert alive == [0, 0, 0, 0]
-
-
-def test_the_way_back_is_not_under_autocast():
-    """What learns by chunks under autocast has the gradients of what is taken backward outside of it."""
-    gpt, tokens, grads, under = random_gpt(n_embd=32), torch.arange(10)[None], [], []
-    terms = lambda head, hidden: (gpt.logits(hidden, head).log_softmax(-1)[:, 3],)
-    note = lambda *of: under.append(torch.is_autocast_enabled("cpu"))
-    for learn in (False, True):
-        gpt.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = gpt(tokens)[0]
-            if learn:
-                hidden.register_hook(note)
-                learn_by_chunks(terms, 4, lambda loss: (note(), loss.backward()), gpt, hidden)
-            else:
-                loss = terms(gpt.head(), hidden)[0].sum()
-        if not learn:
-            loss.backward()
-        grads.append([p.grad.clone() for p in gpt.parameters()])
-    assert under == [False] * 4  # three chunks and what is below them
-    for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(one, other, atol=0.02, rtol=0.02)
-
-
-def test_many_chunks_under_autocast_lose_nothing():
-    """The embedding's gradient is as near to float32's as that of one product over all rows. Summed in bfloat16, which
-    it was once, they were off by 18%."""
-    gpt, grads = trained(random_gpt(n_embd=32, n_positions=512), recompute=False, compile=False), {}
-    tokens = torch.arange(512)[None] % gpt.config.vocab_size
-    terms = lambda head, hidden: (-gpt.logits(hidden, head).log_softmax(-1)[:, 3],)
-    for name, chunk in {"float32": 512, "one": 512, "many": 1}.items():
-        gpt.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=name != "float32"):
-            learn_by_chunks(terms, chunk, lambda loss: loss.backward(), gpt, gpt(tokens)[0])
-        grads[name] = gpt.wte.weight.grad
-    off = lambda name: (grads[name] - grads["float32"]).norm() / grads["float32"].norm()
-    assert off("many") < 1.2 * off("one")
+    head.sum().backward()
+    assert torch.equal(gpt.wte.weight.grad, torch.ones_like(weight))
 
 
 def test_recomputed_layers_change_nothing_and_are_not_kept():
     """Values and gradients in float64, dropout's draws included; and how many tensors wait for the backward pass."""
-    gpt, kept = random_gpt(n_layer=4, resid_pdrop=0.2).double().train(), []
+    dropouts = dict(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.2)
+    gpt, kept = random_gpt(n_layer=4, **dropouts).double().train(), []
     results, counts = [], []
     for recompute in (False, True):
-        trained(gpt, recompute, compile=False)
+        gpt.recompute = recompute
         torch.manual_seed(0)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             loss = gpt.logits(gpt(tokens_for(gpt.config))).log_softmax(-1)[..., 0].sum()
@@ -240,36 +191,9 @@ def test_recomputed_layers_change_nothing_and_are_not_kept():
     assert counts[1] < counts[0] / 4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_frozen_model_computes_what_autocast_does(dtype):
-    gpt, m = random_gpt(), Machine(torch.device("cpu"), dtype)
-    copy, tokens = frozen(gpt, dtype), tokens_for(gpt.config)
-    with m.autocast(), torch.no_grad():
-        assert torch.equal(logits(copy, tokens), logits(gpt, tokens))
-    assert copy.wte.weight.data_ptr() == gpt.wte.weight.data_ptr()  # shared, not copied
-    assert not any(p.requires_grad for p in copy.parameters())
-
-
-@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_packed_weights_compute_the_same(dtype, atol):
-    """Where a CPU's weights are packed, a frozen model's log-probabilities are those of the plain one."""
-    config = GPTConfig(2, 4, 256, 300, 32, eos_token_id=299)
-    if not PackedLinear.fits(config, torch.device("cpu"), dtype):
-        return  # no oneDNN: frozen() leaves the plain weights, and another test has them
-    gpt, m = new(config, 0).eval(), Machine(torch.device("cpu"), dtype)
-    copy, tokens = frozen(gpt, dtype), tokens_for(config)
-    assert isinstance(copy.head(), PackedLinear) and isinstance(copy.h[1].mlp["c_fc"], PackedLinear)
-    with m.autocast(), torch.no_grad():
-        got, want = logits(copy, tokens).log_softmax(-1), logits(gpt, tokens).log_softmax(-1)
-        cache = KVCache(config, len(tokens), tokens.size(1), m.device, dtype)
-        steps = [copy.logits(copy(column[:, None], None, cache))[:, 0].log_softmax(-1) for column in tokens.T]
-    torch.testing.assert_close(got, want, atol=atol, rtol=0)
-    torch.testing.assert_close(torch.stack(steps, 1), want, atol=atol, rtol=0)
-
-
 def test_logits_far_from_zero_survive_bfloat16():
     """GPT-2's lie near -100, where neighbours in bfloat16 are 0.5 apart; the output embedding is centred before."""
-    gpt, m = random_gpt(n_embd=64, vocab_size=200), Machine(torch.device("cpu"), torch.bfloat16)
+    gpt, m = random_gpt(n_embd=64, vocab_size=200), Machine(CPU, torch.bfloat16)
     gpt.ln_f.bias.data[0] += 100.0
     gpt.wte.weight.data[:, 0] = -1.0
     tokens = tokens_for(gpt.config)
@@ -317,19 +241,30 @@ def write_weights(folder, tensors, kind, shards):
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("form", ["released", "transformers", "float16"])
+@pytest.mark.parametrize("form", ["released", "transformers", "float16", "compiled"])
 def test_every_form_in_the_wild_loads(kind, shards, form, tmp_path):
     gpt = random_gpt()
-    tensors = released_form(gpt, torch.float16 if form == "float16" else torch.float32,
-                            "transformer." if form == "transformers" else "")
-    if form == "transformers":  # older files carry the tied output too
-        tensors["lm_head.weight"] = gpt.wte.weight.detach().clone()
+    prefix = {"transformers": "transformer.", "compiled": "module._orig_mod.transformer."}.get(form, "")
+    tensors = released_form(gpt, torch.float16 if form == "float16" else torch.float32, prefix)
+    if prefix:  # older files carry the tied output too
+        tensors[prefix.removesuffix("transformer.") + "lm_head.weight"] = gpt.wte.weight.detach().clone()
     write_config(tmp_path, gpt)
     write_weights(tmp_path, tensors, kind, shards)
     loaded, tokens = load(str(tmp_path)), tokens_for(gpt.config)
     assert loaded.wte.weight.dtype == torch.float32 and not loaded.training
+    assert all(p.requires_grad and p.is_contiguous() for p in loaded.parameters())
     atol = 0.1 if form == "float16" else 0
     torch.testing.assert_close(logits(loaded, tokens), logits(gpt, tokens), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "transformer.", "_orig_mod.transformer.",
+                                    "_orig_mod.module.", "module._orig_mod.module.transformer."])
+def test_prefixes_of_other_trainers_are_taken_off(prefix, tmp_path):
+    gpt = random_gpt()
+    write_config(tmp_path, gpt)
+    write_weights(tmp_path, released_form(gpt, prefix=prefix), "safetensors", shards=1)
+    for one, other in zip(load(str(tmp_path)).parameters(), gpt.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_what_is_saved_transformers_opens(tmp_path):
@@ -351,11 +286,13 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     good = released_form(gpt)
     write_config(tmp_path, gpt)
     for change, words in [
-        (lambda t: t.pop("h.1.ln_2.bias"), ["lack h.1.ln_2.bias"]),
-        (lambda t: [t.pop("ln_f.bias"), t.pop("wpe.weight")], ["lack ln_f.bias and 1 more"]),
-        (lambda t: t.update({"wpe.weight": torch.zeros(5, 8)}), ["wpe.weight of shape (5, 8)", "(32, 8)"]),
-        (lambda t: t.update({"h.2.ln_1.bias": torch.zeros(8)}), ["h.2.ln_1.bias", "no such tensor"]),
-        (lambda t: t.update({"lm_head.weight": torch.zeros(11, 8)}), ["not tied"]),
+        (lambda t: t.pop("h.1.ln_2.bias"), ["Missing", "h.1.ln_2.bias"]),
+        (lambda t: [t.pop("ln_f.bias"), t.pop("wpe.weight")], ["Missing", "ln_f.bias", "wpe.weight"]),
+        (lambda t: t.update({"wpe.weight": torch.zeros(5, 8)}), ["wpe.weight", "[5, 8]", "[32, 8]"]),
+        (lambda t: t.update({"h.2.ln_1.bias": torch.zeros(8)}), ["Unexpected", "h.2.ln_1.bias"]),
+        (lambda t: t.update({"h.0.mlp.c_fc.weight": torch.zeros(32, 8)}), ["h.0.mlp.c_fc.weight", "[8, 32]"]),
+        (lambda t: t.update({"lm_head.weight": torch.zeros(11, 8)}), ["lm_head.weight", "not tied"]),
+        (lambda t: t.update({"wte.weight": torch.zeros(11, 8).int()}), ["wte.weight in torch.int32", "floating point"]),
     ]:
         tensors = dict(good)
         change(tensors)
@@ -376,8 +313,9 @@ def test_folders_that_hold_no_gpt2(tmp_path):
     write_config(tmp_path, random_gpt(), n_layer="2")
     refused(lambda: load(here), "n_layer must be an integer from 1 to", "'2'")
     write_config(tmp_path, random_gpt())
-    refused(lambda: load(here), "has no model.safetensors or pytorch_model.bin")
+    refused(lambda: load(here), here, "has neither model.safetensors nor pytorch_model.bin")
     refused(lambda: load("no such thing"), "'no such thing'", "folder", "hub")
+    refused(lambda: load(f"{here}/config.json"), f"'{here}/config.json'", "folder")
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
@@ -388,9 +326,9 @@ def test_damaged_files_are_named(kind, tmp_path):
     _, second = sorted(tmp_path.glob(f"*0000*.{kind}"))
     whole = second.read_bytes()
     second.write_bytes(whole[: len(whole) // 2])
-    refused(lambda: load(str(tmp_path)), second.name, "damaged or incomplete", "fetch it again")
+    refused(lambda: load(str(tmp_path)), second.name, "is damaged", "fetch it again")
     second.unlink()
-    refused(lambda: load(str(tmp_path)), second.name, "which its index names")
+    refused(lambda: load(str(tmp_path)), f"this folder has no {second.name}")
 
 
 def test_files_of_before_torch_1_6_are_read(tmp_path):
@@ -452,7 +390,11 @@ class Hub(SimpleHTTPRequestHandler):
 
 
 def ask_the_hub(names: tuple[str, ...], env: dict[str, str], pipe) -> None:
-    """In a process of its own, for the client reads HF_ENDPOINT when it is imported."""
+    """In a process of its own, for the client reads the environment, the user's own settings too, when it is
+    imported."""
+    for name in list(os.environ):
+        if re.match(r"HF_|HUGGING|XDG_CACHE_HOME$|(HTTPS?|ALL)_PROXY$", name, re.IGNORECASE):
+            del os.environ[name]
     os.environ.update(env)
     for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
         del sys.modules[name]
@@ -464,7 +406,14 @@ def ask_the_hub(names: tuple[str, ...], env: dict[str, str], pipe) -> None:
             pipe.send(str(error))
 
 
-def test_the_hub_its_cache_and_its_failures(tmp_path):
+def test_the_hub_its_cache_and_its_failures(tmp_path, monkeypatch):
+    """Whatever of the client's settings a user has in the environment; and a local folder that has the name of an
+    owner does not hide what that owner has on the hub."""
+    for name, value in {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "nowhere", "HF_TOKEN": "x", "HF_HOME": "/dev/null",
+                        "HTTP_PROXY": "http://127.0.0.1:9"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
     fork, folder = multiprocessing.get_context("fork"), tmp_path / "hub" / "owner" / "name"
     folder.mkdir(parents=True)
     gpt = random_gpt()
@@ -488,13 +437,18 @@ def test_the_hub_its_cache_and_its_failures(tmp_path):
     assert found == f"owner/name {gpt.wte.weight.sum().item()}"
     assert "owner/gated on the hub is gated" in gated and "hf auth login" in gated
     assert "owner/absent is neither a folder here nor a model on the hub" in absent
-    assert "owner/broken: the hub" in broken and ("500" in broken or "could not be reached" in broken)
+    assert "owner/broken: the hub could not be reached for config.json" in broken and "500" in broken
     server.shutdown()
     server.server_close()
     cached, unknown = run("owner/name", "owner/other", HF_HUB_OFFLINE="1")
-    assert cached == found and "owner/other: this cached copy (HF_HUB_OFFLINE is set) has no config.json" in unknown
+    assert cached == found and "or its cache if HF_HUB_OFFLINE is set, has no config.json" in unknown
     (unreachable,) = run("owner/other")
     assert "could not be reached for config.json" in unreachable and "HF_ENDPOINT" in unreachable
+    (no_address,) = run("owner/other", HF_ENDPOINT="nowhere")
+    assert "could not be reached for config.json" in no_address and "HF_ENDPOINT" in no_address
+    (tmp_path / "owner" / "name").mkdir()
+    (empty,) = run("owner/name")
+    assert empty == "owner/name: this folder has no config.json"
 
 
 def test_a_padded_vocabulary_is_cut_to_gpt2s_tokens(tmp_path):
@@ -520,4 +474,5 @@ def test_equal_weights_make_equal_files(tmp_path):
 def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
-    refused(lambda: load("out/nowhere"), "'out/nowhere' is neither a folder")
+    for name in ("out/nowhere", "out/nowhere/deeper"):
+        refused(lambda name=name: load(name), f"'{name}' is neither a folder", "`python distill.py` makes")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import oracle
-from oracle import ESTIMATORS, MASK, RESPONSE, answer_gradients, compare, exact_gradient
+from exercises import oracle
+from exercises.oracle import ESTIMATORS, MASK, RESPONSE, answer_gradients, compare, exact_gradient
 
 
 def test_all_answers_are_there_once():
@@ -25,11 +25,10 @@ def test_what_is_exact_is_exact(name):
 
 
 @pytest.mark.parametrize("mix_alpha", [0.0, 0.5, 1.0])
-def test_exact_weights_are_exact_for_any_mixture(mix_alpha):
+@pytest.mark.parametrize("objective", ["eq2", "eq3"])
+def test_exact_weights_are_exact_for_any_mixture(objective, mix_alpha):
     """alpha = 1 samples from the teacher alone."""
-    for single_step, return_from in ((True, "next"), (False, "current")):
-        settings = dict(mix_alpha=mix_alpha, weight="exact", single_step=single_step, return_from=return_from)
-        assert compare(settings, toys=5, seed=2)[1] < 1e-10
+    assert compare(dict(mix_alpha=mix_alpha, weight="exact", objective=objective), toys=5, seed=2)[1] < 1e-10
 
 
 @pytest.mark.parametrize("name", [
@@ -42,21 +41,23 @@ def test_what_is_biased_is_not_called_exact(name):
 
 def test_the_product_weight_is_exact_for_the_single_step_alone():
     """Eq. (5) as printed errs on the long term only: its R_{t+1} is made of tokens drawn from p~ as well."""
-    single = lambda weight: dict(mix_alpha=0.2, weight=weight, long_term=False)
     torch.manual_seed(0)
     student, teacher = torch.randn(7, 3, requires_grad=True, dtype=torch.float64), torch.randn(7, 3).double()
-    expected = lambda settings: torch.mul(*[x if x.dim() > 1 else x[:, None] for x in answer_gradients(
-        student, teacher, **settings)]).sum(0)
-    on_policy = expected(dict(long_term=False))
+
+    def expected(**settings):
+        probability, each = answer_gradients(student, teacher, objective="single", **settings)
+        return probability @ each
+
+    on_policy = expected()
     for weight in ("product", "exact"):
-        torch.testing.assert_close(expected(single(weight)), on_policy, atol=1e-12, rtol=0)
-    assert (expected(single("per_token")) - on_policy).norm() > 1e-3
+        torch.testing.assert_close(expected(mix_alpha=0.2, weight=weight), on_policy, atol=1e-12, rtol=0)
+    assert (expected(mix_alpha=0.2, weight="per_token") - on_policy).norm() > 1e-3
 
 
 def test_the_per_token_weight_on_the_single_step_changes_no_expectation():
     """Its conditional mean is 1, so that it only adds noise: why the released code could drop it."""
-    with_it, without = (compare(ESTIMATORS[name], 20, 1) for name in ("Eqs. (4, 5) with w_t per token",
-                                                                      "  the same, not on L_Single"))
+    with_it = compare(ESTIMATORS["Eqs. (4, 5) with w_t per token"], 20, 1)
+    without = compare(ESTIMATORS["  the same, not on L_Single"], 20, 1)
     assert with_it[:2] == pytest.approx(without[:2], abs=1e-12) and with_it[2] > without[2]
 
 
@@ -69,6 +70,15 @@ def test_an_on_policy_step_needs_no_weights():
         torch.testing.assert_close(probability @ each, exact, atol=1e-12, rtol=0)
 
 
+def test_the_released_codes_doubling_is_removed_by_its_whitening():
+    """It doubles r_t and clips at 100; --recipe=official clips at 50, and whitens as it does."""
+    released = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)) * 40
+    mask = torch.ones(5, 7).bool()
+    theirs, ours = (2 * released).clamp(-100, 100), released.clamp(-50, 50)
+    assert (ours.abs() == 50).any()
+    torch.testing.assert_close(oracle.whitened(theirs, mask, "all"), oracle.whitened(ours, mask, "all"))
+
+
 def test_the_command_prints_the_table(capsys):
     oracle.main(oracle.Config(toys=2))
     printed = capsys.readouterr().out
@@ -77,7 +87,7 @@ def test_the_command_prints_the_table(capsys):
 
 def test_the_figures_of_the_page_on_the_algorithm():
     """Each bias that exercises/algorithm.md gives in brackets, in the page's order, is what the command prints."""
-    page = (Path(oracle.__file__).parent / "exercises" / "algorithm.md").read_text(encoding="utf-8")
+    page = (Path(oracle.__file__).parent / "algorithm.md").read_text(encoding="utf-8")
     names = ["L_Single alone (GKD with reverse KL)", "L_Single, and R_t for R_{t+1}", "Eqs. (4, 5) as printed: product",
              "Eqs. (4, 5) with w_t per token", "Eq. (6), length normalisation", "--recipe=paper: Eq. (7), clipped"]
     given = re.findall(r"\[(0\.\d\d)\]", page)

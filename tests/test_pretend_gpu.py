@@ -17,7 +17,7 @@ REFUSED = ["gpu + host", "host + gpu", "torch.cat([gpu, host])", "host[gpu.long(
 SCRIPT = """
 import numpy, torch
 from pretend_gpu import GPU
-from sample import record
+from fast.decode import record
 gpu, host, passed = torch.ones(3, device="cuda"), torch.ones(3), []
 for line in {lines!r}:
     try:

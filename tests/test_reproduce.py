@@ -13,32 +13,29 @@ import pytest
 from conftest import refused
 
 import config
+import distill
 from config import UserError, parse
+from reproduce import released, worlds
 
-FOLDER = Path(__file__).parent.parent / "reproduce"
-SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "worlds")
-
-
-@pytest.fixture(autouse=True)
-def worlds(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module("worlds")
+SCRIPTS = sorted(path.stem for path in Path(worlds.__file__).parent.glob("*.py")
+                 if path.stem not in ("worlds", "__init__"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("world", ["tiny", "paper"])
-def test_every_command_is_accepted(script, world, worlds):
-    commands = list(importlib.import_module(script).commands(worlds.World(world, 1)))
+def test_every_command_is_accepted(script, world):
+    commands = list(importlib.import_module(f"reproduce.{script}").commands(worlds.World(world, 1)))
     assert commands or (script in ("released", "fig7") and world == "tiny")
     for name, *flags in commands:
+        if name == "-m":
+            name, *flags = flags
         module = importlib.import_module(name.removesuffix(".py"))
         cfg = parse(module.Config, flags, getattr(module, "presets", None))
         if name == "distill.py":
             assert cfg.preset == world and cfg.resume
 
 
-def test_variants_begin_with_the_same_models_and_differ_in_their_flags(worlds):
-    import distill
+def test_variants_begin_with_the_same_models_and_differ_in_their_flags():
     world = worlds.World("tiny", 3)
     made = [parse(distill.Config, command[1:], distill.presets)
             for command in (world.variant("a"), world.variant("b", "--mix_alpha=0", "--baselines=seqkd"))]
@@ -46,7 +43,7 @@ def test_variants_begin_with_the_same_models_and_differ_in_their_flags(worlds):
     assert made[0].baselines == "" and made[1].baselines == "seqkd" and made[1].mix_alpha == 0
 
 
-def test_commands_run_in_order_then_the_report(worlds, monkeypatch, capsys):
+def test_commands_run_in_order_then_the_report(monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(worlds.subprocess, "Popen", lambda command, **more: ran.append(command) or
                         unittest.mock.Mock(wait=lambda: 0))
@@ -55,14 +52,13 @@ def test_commands_run_in_order_then_the_report(worlds, monkeypatch, capsys):
     assert [command[0] for command in ran] == [sys.executable] * 5
     assert [command[-1] for command in ran[1:5:2]] == ["--gamma=0.5"] * 2
     folders = [f"out/reproduce/tiny/seed-{seed}/{name}" for seed in (1, 2) for name in ("start", "x")]
-    assert ran[-1][1:] == ["report.py", *folders, "--out=out/reproduce/tiny/test"]
+    assert ran[-1][1:] == ["-m", "measure.report", *folders, "--out=out/reproduce/tiny/test"]
     ran.clear()
     worlds.go(worlds.Config(seeds=1, dry_run=True), commands, "test")
     assert not ran and capsys.readouterr().out.count("$ python distill.py") == 6
 
 
-def test_a_try_with_few_prompts(worlds, capsys):
-    released = importlib.import_module("released")
+def test_a_try_with_few_prompts(capsys):
     worlds.go(worlds.Config(world="paper", limit=7, dry_run=True), released.commands, "released")
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 14 and all(line.endswith("--limit=7") for line in printed[:-1])
@@ -70,7 +66,7 @@ def test_a_try_with_few_prompts(worlds, capsys):
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_seed_that_fails_stops_the_others(jobs, worlds, monkeypatch):
+def test_a_seed_that_fails_stops_the_others(jobs, monkeypatch):
     ran = []
 
     def call(command, dry_run):
@@ -85,7 +81,7 @@ def test_a_seed_that_fails_stops_the_others(jobs, worlds, monkeypatch):
     assert len(ran) <= jobs + 1 and ran[-1][0] == "distill.py"
 
 
-def test_sigterm_ends_what_runs_and_begins_nothing_more(worlds, monkeypatch, tmp_path):
+def test_sigterm_ends_what_runs_and_begins_nothing_more(monkeypatch, tmp_path):
     (tmp_path / "slow.py").write_text("import pathlib, time; pathlib.Path('begun').touch(); time.sleep(60)")
     monkeypatch.setattr(worlds, "ROOT", tmp_path)
 
@@ -104,17 +100,17 @@ def test_sigterm_ends_what_runs_and_begins_nothing_more(worlds, monkeypatch, tmp
     assert not worlds.RUNNING
 
 
-def test_jobs_are_worked_on_at_a_time(worlds, monkeypatch):
+def test_jobs_are_worked_on_at_a_time(monkeypatch):
     together = threading.Barrier(3, timeout=20)
-    monkeypatch.setattr(worlds, "call", lambda command, dry_run: command[0] == "report.py" or together.wait())
+    monkeypatch.setattr(worlds, "call", lambda command, dry_run: command[0] == "-m" or together.wait())
     worlds.go(worlds.Config(seeds=3, jobs=3), lambda world: iter([["distill.py", f"--seed={world.seed}"]]), "test")
 
 
-def test_what_is_the_same_for_all_seeds_is_done_once(worlds, capsys):
-    released = importlib.import_module("released")
+def test_what_is_the_same_for_all_seeds_is_done_once(capsys):
     worlds.go(worlds.Config(world="paper", seeds=3, dry_run=True), released.commands, "released")
     assert capsys.readouterr().out.count("eval.py") == 13
 
 
-def test_a_command_that_fails_stops_the_script(worlds):
-    refused(lambda: worlds.call(["oracle.py", "--toys=0"], False), "oracle.py --toys=0", "exit code 2")
+def test_a_command_that_fails_stops_the_script():
+    refused(lambda: worlds.call(["-m", "exercises.oracle", "--toys=0"], False), "exercises.oracle --toys=0",
+            "exit code 2")

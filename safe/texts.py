@@ -1,0 +1,219 @@
+"""Texts in files: a bad row is named, a corpus is tokenised once, another vocabulary is refused.
+
+data.py makes examples of what is read here.
+"""
+
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tiktoken.load import read_file_cached
+
+from config import Machine, UserError, read_json, written_aside
+from safe.hub import fetch
+
+END = "<|endoftext|>"
+
+
+# ---- rows of instructions -----------------------------------------------------------------------
+
+def fields_of_rows(path: Path) -> list[tuple[str, str, tuple[str, ...], bool]]:
+    """(instruction, input, outputs, whether the answer has ended) of each row of a .jsonl file.
+
+    Raises UserError for a bad row: the file, the line, and what is wrong with it."""
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                rows.append(fields(parsed(line)))
+            except UserError as error:
+                raise UserError(f"{path}:{number}: {error}") from None
+    if not rows:
+        raise UserError(f"{path} holds no rows; one JSON object a line is expected")
+    return rows
+
+
+def parsed(line: bytes) -> dict:
+    try:
+        raw = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"not JSON (column {error.colno}: {error.msg}); is the line cut "
+                        "off?") from None
+    except ValueError as error:
+        raise UserError(f"not JSON that can be read ({error})") from None
+    except RecursionError:
+        raise UserError("JSON nested too deeply") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"one JSON object a line is expected, this is a {type(raw).__name__}")
+    return raw
+
+
+def fields(raw: dict) -> tuple[str, str, tuple[str, ...], bool]:
+    for key in ("instruction", "output"):
+        if key not in raw:
+            raise UserError(f'there is no "{key}" (found: {", ".join(raw) or "nothing"})')
+    input = "" if raw.get("input") is None else raw["input"]
+    outputs = raw["output"] if isinstance(raw["output"], list) else [raw["output"]]
+    needed = [("instruction", raw["instruction"])]
+    needed += [("output", output) for output in outputs or [""]]
+    for key, text in [*needed, ("input", input)]:
+        if not isinstance(text, str):
+            raise UserError(f'"{key}" must be a string, not {json.dumps(text)[:40]}')
+        if re.search(r"[\ud800-\udfff]", text):
+            raise UserError(f'"{key}" holds half of a surrogate pair, which is not text')
+        if key != "input" and not text.strip():
+            raise UserError(f'"{key}" is empty')
+    return raw["instruction"], input, tuple(outputs), raw.get("ended") is not False
+
+
+# ---- plain text ---------------------------------------------------------------------------------
+
+def text_files(name: str) -> list[Path]:
+    """The .txt files that a name means; none for tiny-text and openwebtext. Raises UserError where
+    there is no such text, or no package that reads it."""
+    if re.fullmatch(r"tiny-text|openwebtext(:[1-9]\d*)?", name):
+        if name != "tiny-text" and find_spec("pyarrow") is None:
+            raise UserError(f"{name} is stored as parquet: `pip install pyarrow`; or give a .txt "
+                            "file, or go without plain text by --pt_coef=0")
+        return []
+    path = Path(name)
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() and file.suffix == ".txt" for file in files):
+        raise UserError(f"{name}: there is no such .txt file, nor a folder with .txt files; "
+                        "tiny-text and openwebtext are known by name")
+    return files
+
+
+def tokenised(name: str, files: list[Path], tokenizer: tiktoken.Encoding, encode: Callable,
+              folder: Path, m: Machine) -> np.ndarray:
+    """The tokens of these files, with an end token after each document, mapped into memory from a
+    file in `folder`. The first process writes that file, unless it is there."""
+    read = [(str(file.resolve()), file.stat()) for file in files]
+    key = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in read]
+    crc = zlib.crc32(repr([tokenizer.name, *key]).encode())
+    path = folder / f"{Path(name).stem.replace(':', '-')}-{crc:08x}.bin"
+    whole = path.exists() and path.stat().st_size and path.stat().st_size % 2 == 0
+    if m.rank == 0 and not whole:
+        m.say(f"corpus {name}: tokenising once, into {path}")
+        pieces = (piece for file in files for piece in documents(file))
+        with written_aside(path) as aside, open(aside, "wb") as file:
+            while some := list(islice(pieces, 512)):
+                tokens = encode(tokenizer, [text for text, _ in some])
+                for piece, (_, ends) in zip(tokens, some):
+                    np.array(piece + [tokenizer.eot_token] * ends, np.uint16).tofile(file)
+            if file.tell() == 0:
+                raise UserError(f"{name}: there is no text in it")
+    m.barrier()
+    corpus = np.memmap(path, np.uint16, "r")
+    m.say(f"corpus {name}: {len(corpus):,} tokens")
+    return corpus
+
+
+def documents(path: Path) -> Iterator[tuple[str, bool]]:
+    """(piece of text, whether a document ends with it). A long document is cut where no token can
+    lie: after a line that is not blank, before one that does not begin with white space."""
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+        for batch in parquet.ParquetFile(path).iter_batches(1000, columns=["text"]):
+            yield from ((text, True) for text in batch.column(0).to_pylist() if text)
+        return
+    lines, size = [], 0
+    try:
+        with open(path, encoding="utf-8-sig") as file:  # \r\n is read as \n
+            for line in file:
+                ends = line.rstrip("\n") == END
+                cut = size > 100_000 and lines[-1].strip() and not line[0].isspace()
+                if lines and (ends or cut):
+                    text = "".join(lines)
+                    yield text.removesuffix("\n") if ends else text, ends
+                    lines, size = [], 0
+                if not ends:
+                    lines.append(line)
+                    size += len(line)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    if lines:
+        yield "".join(lines), True
+
+
+# ---- vocabularies -------------------------------------------------------------------------------
+
+# Some of GPT-2's tokens. GPT-2s of other languages have as many tokens, but not these.
+OF_GPT2 = {"Ġthe": 262, "Ġand": 290, "Ġof": 286, "ing": 278, "ĠEnglish": 3594}
+
+
+def words_of(model: str) -> list[str]:
+    """The words that a model's tokenizer.json lists, or none if its vocabulary is GPT-2's, as it is
+    without any such file. Raises UserError for all other vocabularies."""
+    path = None
+    for file in ("vocab.json", "tokenizer.json"):
+        with suppress(UserError):  # the hub is out of reach, and its cache lacks the file
+            path = fetch(model, file) or path
+    if path is None:
+        return []
+    raw = read_json(path)
+    raw = {"vocab": raw} if path.name == "vocab.json" else raw.get("model")
+    vocab = raw.get("vocab") if isinstance(raw, dict) else None
+    if not isinstance(vocab, dict):
+        raise UserError(f"{path} is damaged: it does not list tokens with their numbers")
+    if OF_GPT2.items() <= vocab.items():
+        return []
+    words = [word for word in vocab if word != END]
+    numbered = all(vocab[word] == i and word.isascii() for i, word in enumerate(words))
+    if raw.get("type") != "WordLevel" or not words or not numbered:
+        raise UserError(f"{path} is neither GPT-2's vocabulary nor that of a built-in world: text "
+                        "can be read and written by these alone")
+    return words
+
+
+@cache
+def gpt2_tokenizer() -> tiktoken.Encoding:
+    try:
+        tokenizer = tiktoken.get_encoding("gpt2")
+        gpt2_files()  # they are kept, so that saving a model needs no network
+        return tokenizer
+    except Exception as error:  # requests, ssl and socket have one each
+        raise UserError(f"the GPT-2 vocabulary could not be fetched ({type(error).__name__}): "
+                        "connect once, or set TIKTOKEN_CACHE_DIR to a folder that has it") from None
+
+
+@cache
+def gpt2_files() -> dict[str, bytes]:
+    """GPT-2's vocabulary as it was released, by its names on the hub. tiktoken fetches the same
+    files, so its cache holds them."""
+    url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    return {"merges.txt": read_file_cached(url + "vocab.bpe"),
+            "vocab.json": read_file_cached(url + "encoder.json")}
+
+
+def tokenizer_files(tokenizer: tiktoken.Encoding) -> dict[str, bytes]:
+    """The files from which `transformers` makes this tokenizer."""
+    settings = {"tokenizer_class": "GPT2Tokenizer", "bos_token": END, "eos_token": END,
+                "unk_token": END, "clean_up_tokenization_spaces": False}
+    if tokenizer.name != "words":
+        return gpt2_files() | {"tokenizer_config.json": json.dumps(settings).encode()}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    vocab = {tokenizer.decode([i]): i for i in range(tokenizer.n_vocab)}
+    split = {"type": "Split", "pattern": {"Regex": tokenizer._pat_str}, "behavior": "Isolated",
+             "invert": False}
+    end = {"id": tokenizer.eot_token, "content": END, "special": True, "single_word": False,
+           "lstrip": False, "rstrip": False, "normalized": False}
+    whole = {"version": "1.0", "added_tokens": [end], "pre_tokenizer": split,
+             "decoder": {"type": "Fuse"},
+             "model": {"type": "WordLevel", "vocab": vocab, "unk_token": END}}
+    return {"tokenizer.json": json.dumps(whole).encode(),
+            "tokenizer_config.json": json.dumps(settings).encode()}
