@@ -50,8 +50,10 @@ def reverse_kl(student_logp_vocab: Tensor, teacher_logp_vocab: Tensor) -> Tensor
 def divergence(student_logp_vocab: Tensor, teacher_logp_vocab: Tensor, kind: str) -> Tensor:
     """What the single step minimises: reverse, KL[q || p], as in the paper; forward, KL[p || q];
     js, the mean of KL[q || m] and KL[p || m] with m = (p + q) / 2, as in GKD (arXiv 2306.13649);
-    skew, KL[p || 0.1 p + 0.9 q], as in DistiLLM (arXiv 2402.03898). (..., V) -> (...)"""
+    skew, KL[p || 0.1 p + 0.9 q], as in DistiLLM (arXiv 2402.03898); none, 0. (..., V) -> (...)"""
     q, p = student_logp_vocab, teacher_logp_vocab
+    if kind == "none":
+        return torch.zeros_like(q[..., 0])
     if kind == "reverse":
         return reverse_kl(q, p)
     if kind == "forward":
@@ -70,11 +72,13 @@ def token_reward(teacher_logp: Tensor, student_logp: Tensor, clip: float = math.
 
 def future_reward(reward: Tensor, response_mask: Tensor, gamma: float = 1.0,
                   length_norm: bool = True, return_from: str = "next") -> Tensor:
-    """R_{t+1}, or R_t if return_from is "current", (B, T). With length_norm it is divided by the
-    number of its rewards.
+    """R_{t+1}; R_t if return_from is "current"; 0 if it is "none". (B, T) With length_norm it is
+    divided by the number of its rewards.
 
     gamma weighs r_{t'} by gamma^(t'-t), which the paper does not. The last token's R_{t+1} is 0."""
     R = torch.zeros_like(reward)
+    if return_from == "none":
+        return R
     total = torch.zeros_like(reward[:, 0])
     for t in reversed(range(reward.size(1))):
         total = reward[:, t] + gamma * total  # R_t
@@ -155,14 +159,14 @@ def minillm_loss(student_logp: Tensor, kl: Tensor, old_logp: Tensor, mixed_logp:
 
 # ---- settings ---------------------------------------------------------------------------------
 
-# --objective: the divergence in L_Single and the return in L_Long, None where there is no such term
+# --objective: the divergence in L_Single, and the return in L_Long
 OBJECTIVES = {
     "eq3": ("reverse", "next"),  # Eq. (3), the paper's
-    "eq2": (None, "current"),  # Eq. (2): without the single step, the return holds r_t
-    "single": ("reverse", None),  # GKD with reverse KL
+    "eq2": ("none", "current"),  # Eq. (2): without the single step, the return holds r_t
+    "single": ("reverse", "none"),  # GKD with reverse KL
     "double": ("reverse", "current"),  # the released code counts r_t twice
-    "unpaid": (None, "next"),  # nothing pays r_t: to end at once is paid best
-    "forward": ("forward", None), "js": ("js", None), "skew": ("skew", None)}
+    "unpaid": ("none", "next"),  # nothing pays r_t: to end at once is paid best
+    "forward": ("forward", "none"), "js": ("js", "none"), "skew": ("skew", "none")}
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,7 @@ class Config:
         if self.rollouts % self.minibatch:
             raise UserError(f"--rollouts={self.rollouts} is not a multiple of "
                             f"--minibatch={self.minibatch}")
-        if self.source == "gold" and (self.return_from or self.weight != "none"):
+        if self.source == "gold" and (self.return_from, self.weight) != ("none", "none"):
             raise UserError("--source=gold was drawn from neither model, so it has neither L_Long "
                             f"nor weights: leave out --objective={self.objective} and "
                             f"--weight={self.weight}")
@@ -234,11 +238,11 @@ class Config:
                             "another --out")
 
     @property
-    def divergence(self) -> str | None:
+    def divergence(self) -> str:
         return OBJECTIVES[self.objective][0]
 
     @property
-    def return_from(self) -> str | None:
+    def return_from(self) -> str:
         return OBJECTIVES[self.objective][1]
 
     @property
@@ -351,6 +355,7 @@ def algorithm_1(student: GPT, teacher: GPT, instructions: Sequence[data.Example]
     """Phase 2 from update `step` on: trains the student in place, and yields each update's log."""
     mine = [i for i in range(cfg.rollouts) if i % cfg.minibatch % m.world == m.rank]
     judge = teacher if cfg.pt_kd else None
+    warmup = max(1, min(100, cfg.steps // 32))  # updates in which the learning rate rises
     while step < cfg.steps:
         # 1 Alg. 1: sample answers from the mixture p~ to prompts of D. They are S.
         began = time.perf_counter()
@@ -361,7 +366,7 @@ def algorithm_1(student: GPT, teacher: GPT, instructions: Sequence[data.Example]
         # 2 r_t and the returns of all answers, those of other processes too
         teacher_logp, student_logp, mask, ended = shared(rollout, mine, cfg, m)
         reward = token_reward(teacher_logp, student_logp, cfg.reward_clip) * mask  # (rollouts, T)
-        R = future_reward(reward, mask, cfg.gamma, cfg.length_norm, cfg.return_from or "next")
+        R = future_reward(reward, mask, cfg.gamma, cfg.length_norm, cfg.return_from)
         sample_seconds = time.perf_counter() - began
 
         # 3 Alg. 1: inner epochs over S, and in each an update for each minibatch
@@ -383,25 +388,25 @@ def algorithm_1(student: GPT, teacher: GPT, instructions: Sequence[data.Example]
                                        [rollout.answers[row] for row in some], m.device)
                 b, T = batch.response.shape
                 with m.autocast():
-                    hidden, head = batch.predicting(student(batch.tokens)), student.head()
-                states = hidden.detach().requires_grad_()  # (b, T, D); logits fit for few rows
+                    hidden = batch.predicting(student(batch.tokens))  # (b, T, D)
+                    head = student.head()  # (V, D)
+                states = hidden.detach().requires_grad_()  # logits fit for a few rows at a time
                 for chunk in data.slices(range(b), max(1, m.vocab_chunk // T)):
                     at = [some[row] for row in chunk]  # the same rows in the rollout
                     response_mask = batch.response_mask[chunk]
-                    with m.autocast():  # no layer of the teacher runs: its states were kept
+                    p_hidden = rollout.teacher_hidden[at, :T]  # kept: no layer of the teacher runs
+                    with m.autocast():
                         log_q = student.logits(states[chunk], head).log_softmax(-1)  # (c, T, V)
-                        log_p = teacher.logits(rollout.teacher_hidden[at, :T]).log_softmax(-1)
+                        log_p = teacher.logits(p_hidden).log_softmax(-1)  # (c, T, V)
                     logp = taken(log_q, batch.response[chunk])  # (c, T)
-                    kl = divergence(log_q, log_p, cfg.divergence or "reverse")  # (c, T)
+                    kl = divergence(log_q, log_p, cfg.divergence)  # (c, T)
                     old_logp, mixed_logp = rollout.student_logp[at, :T], rollout.mixed_logp[at, :T]
                     single, long, clipped = minillm_loss(
                         logp, kl, old_logp, mixed_logp, R_white[[mine[row] for row in at], :T],
                         response_mask, cfg.weight, cfg.clip_eps)
-                    single = single * (cfg.divergence is not None)
-                    long = long * (cfg.return_from is not None)
                     loss = (single + long).sum() / divisor  # Eq. (7)
                     scaler.scale(loss).backward()
-                    if cfg.divergence not in (None, "reverse"):
+                    if cfg.divergence != "reverse":  # it is logged in any case
                         kl = reverse_kl(log_q.detach(), log_p)
                     add(sums, response_mask, loss_single=single, loss_long=long, reverse_kl=kl,
                         clipped=clipped, gap=(logp - old_logp).abs(),
@@ -417,8 +422,7 @@ def algorithm_1(student: GPT, teacher: GPT, instructions: Sequence[data.Example]
 
             # 6 clip the gradient of all processes, take a step, and log means over the update
             sums = supervised.summed(sums, m, f"{cfg.out}: stopped at update {step + 1}")
-            lr = cfg.lr * min(1.0, (step + 1) / max(1, min(100, cfg.steps // 32)))  # a warm-up
-            optimizer.param_groups[0]["lr"] = lr
+            lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (step + 1) / warmup)
             norm = supervised.clip_gradient(student, optimizer, scaler, m, where=cfg.out)
             scaler.step(optimizer)  # optimizer.step(), unless float16 has overflowed
             scaler.update()

@@ -64,7 +64,9 @@ def columns(cfg: distill.Config) -> dict[str, tuple[str, str]]:
         future += f", discounted by {cfg.gamma:g}"
     if cfg.whiten != "none":
         future += ", whitened"
-    if cfg.length_norm:
+    if cfg.return_from == "none":
+        equation, future = "", "0: there is no long term"
+    elif cfg.length_norm:
         equation = "(6)"
     else:
         equation = "(2)" if current else "(3)"
@@ -79,10 +81,10 @@ def columns(cfg: distill.Config) -> dict[str, tuple[str, str]]:
     }
     shown["w_t"] = ("(5)", weights[cfg.weight])
 
-    single = "KL" if cfg.divergence in (None, "reverse") else f"{cfg.divergence} divergence"
+    single = "KL" if cfg.divergence in ("none", "reverse") else f"{cfg.divergence} divergence"
     if cfg.weight != "long_only":
         single = f"w_t {single}"
-    if cfg.divergence is None:
+    if cfg.divergence == "none":
         single += ", switched off"
     shown["L_Single"] = ("(7)", single)
 
@@ -90,7 +92,7 @@ def columns(cfg: distill.Config) -> dict[str, tuple[str, str]]:
     long = f"-min(rho R, clip(rho) R), rho = {ratio}"
     if cfg.weight in ("product", "exact"):
         long += ", times the product of q / p~ over other tokens"
-    if cfg.return_from is None:
+    if cfg.return_from == "none":
         long += ", switched off"
     shown["L_Long"] = ("Alg. 1", long)
     return shown
@@ -114,7 +116,7 @@ def main(cfg: distill.Config) -> None:
     reward = distill.token_reward(rollout.teacher_logp, rollout.student_logp, cfg.reward_clip)
     reward = reward * mask
     R = distill.future_reward(
-        reward, mask, cfg.gamma, cfg.length_norm, cfg.return_from or "next")
+        reward, mask, cfg.gamma, cfg.length_norm, cfg.return_from)
     minibatch = distill.minibatches(cfg, 0)[0]
     R[minibatch] = distill.whiten(R[minibatch], mask[minibatch], cfg.whiten)
 
@@ -130,16 +132,12 @@ def main(cfg: distill.Config) -> None:
     logp = taken(log_q, batch.response)  # (1, T)
     mixed_logp = rollout.mixed_logp[[one], :T]
     single, long, clipped = distill.minillm_loss(
-        logp, distill.divergence(log_q, log_p, cfg.divergence or "reverse"),
+        logp, distill.divergence(log_q, log_p, cfg.divergence),
         rollout.student_logp[[one], :T], mixed_logp, R[[one], :T], batch.response_mask,
         cfg.weight, cfg.clip_eps)
     # long_only weights L_Single by 1; what it weights L_Long by is shown
     kind = "per_token" if cfg.weight == "long_only" else cfg.weight
     weight, _ = distill.importance_weights(logp, mixed_logp, batch.response_mask, kind)
-    if cfg.divergence is None:
-        single = torch.zeros_like(single)
-    if cfg.return_from is None:
-        long = torch.zeros_like(long)
     values = [logp[0], rollout.teacher_logp[one, :T], mixed_logp[0], reward[one, :T],
               distill.reverse_kl(log_q, log_p)[0], R[one, :T], weight[0], single[0], long[0]]
 

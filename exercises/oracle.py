@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from config import check, flag, run
-from distill import OBJECTIVES, OFFICIAL, future_reward, minillm_loss, reverse_kl, token_reward
+from distill import OBJECTIVES, OFFICIAL, divergence, future_reward, minillm_loss, token_reward
 from distill import whiten as whitened
 from sample import mix, taken
 
@@ -66,27 +66,22 @@ def answer_gradients(student: Tensor, teacher: Tensor, mix_alpha: float = 0.0,
     """The probability (N,) with which each answer is sampled, and the gradient (N, 7 V) that
     distill.py's losses have on it. The gradient is a sum over tokens as in the equations;
     distill.py's mean over tokens differs by a factor."""
-    divergence, return_from = OBJECTIVES[objective]
+    kind, return_from = OBJECTIVES[objective]
     log_q_vocab, log_q = logps(student)
     log_p_vocab, log_p = logps(teacher)
     mixed = taken(mix(log_q_vocab, log_p_vocab, mix_alpha), RESPONSE).detach() * MASK
     probability = mixed.sum(1).exp()  # (N,)
     reward = token_reward(log_p, log_q.detach(), reward_clip) * MASK
-    R = future_reward(reward, MASK, gamma, length_norm, return_from or "next")
+    R = future_reward(reward, MASK, gamma, length_norm, return_from)
     R = (R - baseline) * MASK
     if whiten != "none":  # in a batch that holds each answer as often as 100,000 samples would
         counts = (probability * 1e5).round().long().clamp(min=1)
         batch = whitened(R.repeat_interleave(counts, 0), MASK.repeat_interleave(counts, 0), whiten)
         R = batch[counts.cumsum(0) - 1]
-    kl = reverse_kl(log_q_vocab, log_p_vocab)
+    kl = divergence(log_q_vocab, log_p_vocab, kind)
     single, long, _ = minillm_loss(log_q, kl, log_q.detach(), mixed, R, MASK, weight, clip_eps)
-    loss = torch.zeros_like(single)
-    if divergence:
-        loss = loss + single
-    if return_from:
-        loss = loss + long
     gradients = [torch.autograd.grad(of_answer, student, retain_graph=True)[0].flatten()
-                 for of_answer in loss.sum(1)]
+                 for of_answer in (single + long).sum(1)]
     return probability, torch.stack(gradients)
 
 

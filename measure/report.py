@@ -173,7 +173,7 @@ def single_step_alone(run: dict) -> tuple[str, str] | None:
     source = run["source"]
     if source == "sampled":
         source = {0: "student", 1: "teacher"}.get(run["mix_alpha"], "mixed")
-    return None if return_from else (divergence, source)
+    return (divergence, source) if return_from == "none" else None
 
 
 def find(folders: Iterable[str]) -> list[Found]:

@@ -80,6 +80,8 @@ def test_divergences_against_sums_over_the_vocabulary(kind):
 def slow_divergence(q, p, kind: str):
     """The divergence of two distributions over words, (V,) each, as a sum of words."""
     kl = lambda a, b: sum(a[v] * (a[v] / b[v]).log() for v in range(len(a)))
+    if kind == "none":
+        return torch.zeros((), dtype=q.dtype)
     if kind == "js":
         return (kl(q, (p + q) / 2) + kl(p, (p + q) / 2)) / 2
     return {"reverse": lambda: kl(q, p), "forward": lambda: kl(p, q), "skew": lambda: kl(p, 0.1 * p + 0.9 * q)}[kind]()
@@ -99,6 +101,8 @@ def test_future_reward_is_eq_6(gamma, length_norm, return_from):
 
 def slow_returns(r: list[float], gamma: float, length_norm: bool, return_from: str) -> list[float]:
     """R_{t+1}, or R_t, at each token of one answer."""
+    if return_from == "none":
+        return [0.0] * len(r)
     returns = []
     for t in range(len(r)):
         later = range(t + (return_from == "next"), len(r))
@@ -239,16 +243,16 @@ def test_what_a_teacher_and_a_recipe_imply():
     assert official.gamma == 1.0 and official.out == "out/y-to-gpt2"
     assert all(getattr(official, name) == value for name, value in OFFICIAL.items() if name != "gamma")
     gold = make(Config, {"source": "gold", "objective": "forward"}, distill.presets)
-    assert gold.weight == "none" and gold.divergence == "forward" and gold.return_from is None
+    assert gold.weight == "none" and gold.divergence == "forward" and gold.return_from == "none"
     assert make(Config, {"source": "gold"}, distill.presets).objective == "single"
 
 
 def test_what_an_objective_is_made_of():
     """Eq. (3) or (2), or one term alone. Only reverse KL has a long term."""
     of = {name: (Config(objective=name).divergence, Config(objective=name).return_from) for name in OBJECTIVES}
-    assert of["eq3"] == ("reverse", "next") and of["eq2"] == (None, "current")
-    assert of["double"] == ("reverse", "current") and of["unpaid"] == (None, "next")
-    assert all(of[kind] == (kind, None) for kind in ("forward", "js", "skew")) and of["single"] == ("reverse", None)
+    assert of["eq3"] == ("reverse", "next") and of["eq2"] == ("none", "current")
+    assert of["double"] == ("reverse", "current") and of["unpaid"] == ("none", "next")
+    assert all(of[kind] == (kind, "none") for kind in ("forward", "js", "skew")) and of["single"] == ("reverse", "none")
 
 
 def test_settings_that_cannot_work():
@@ -335,7 +339,7 @@ def slow_update(q, old_q, p, answers, pieces, cfg) -> dict:
         share = 0.0 if cfg.source == "gold" else cfg.mix_alpha
         mixed = (share * log_p.exp() + (1 - share) * old.exp()).log()[at].tolist()
         r = [max(-cfg.reward_clip, min(cfg.reward_clip, value)) for value in (log_p - old)[at].tolist()]
-        R = slow_returns(r, cfg.gamma, cfg.length_norm, cfg.return_from or "next")
+        R = slow_returns(r, cfg.gamma, cfg.length_norm, cfg.return_from)
         known.append((log_q, log_p, log_q[at], old[at].tolist(), mixed, r, R))
     counted = [value for *_, R in known for value in R]
     if cfg.whiten == "all":
@@ -345,12 +349,12 @@ def slow_update(q, old_q, p, answers, pieces, cfg) -> dict:
     for log_q, log_p, logp, old, mixed, r, R in known:
         w = [math.exp(logp[t].item() - mixed[t]) for t in range(len(r))]
         for t, (of_single, of_long) in enumerate(slow_weights(w, cfg.weight)):
-            kl = slow_divergence(log_q[t].exp(), log_p[t].exp(), cfg.divergence or "reverse")
+            kl = slow_divergence(log_q[t].exp(), log_p[t].exp(), cfg.divergence)
             ratio = (logp[t] - (old[t] if cfg.weight == "none" else mixed[t])).exp()
             advantage = (R[t] - mean) / std * of_long
             bounded = ratio.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps)
-            sums["loss_single"] += of_single * kl * (cfg.divergence is not None)
-            sums["loss_long"] -= torch.minimum(ratio * advantage, bounded * advantage) * (cfg.return_from is not None)
+            sums["loss_single"] += of_single * kl
+            sums["loss_long"] -= torch.minimum(ratio * advantage, bounded * advantage)
             sums["reverse_kl"] += slow_divergence(log_q[t].exp(), log_p[t].exp(), "reverse").item()
             sums["weight_mean"] += w[t]
             sums["clip_fraction"] += (bounded * advantage < ratio * advantage).item()
@@ -405,7 +409,9 @@ def test_an_update_is_that_of_the_equations(settings, small):
             want["grad_norm"] = math.sqrt(sum(g.square().sum().item() for g in gradient))
             clipped = [g * min(1.0, 1.0 / want["grad_norm"]) for g in gradient]
             same_update(line, whole.optimizer.gradient, want, clipped)
-    if whole.cfg.return_from and whole.cfg.clip_eps < 1:  # the test reaches what it is about
+    if whole.cfg.return_from == "none":
+        assert line["clip_fraction"] == 0
+    elif whole.cfg.clip_eps < 1:  # the test reaches what it is about
         assert 0 < line["clip_fraction"] < 1 and line["logp_gap"] > 0.01
 
 
