@@ -14,9 +14,8 @@ import contextlib
 import math
 import os
 import time
-import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,9 +29,9 @@ import data
 import eval as evaluation
 import sample as sampling
 import teacher as supervised
-from config import (Machine, UserError, check, check_place, flag, machine, make, read_json,
+from config import (Machine, UserError, check, check_place, flag, machine, read_json,
                     run, write_json, write_lines)
-from model import GPT, is_shape, load
+from model import GPT, load
 from safe import runs
 from sample import Rollout, decoder, follow, mix, taken, uniforms
 
@@ -262,11 +261,6 @@ PAPER = dict(teacher="gpt2-xl", student="gpt2", data="dolly", corpus="openwebtex
 # What the released code computes; reproduce/README.md has it in words.
 OFFICIAL = dict(gamma=0.95, objective="double", whiten="all", reward_clip=50.0, weight="long_only",
                 normalize="token", pt_kd=0.5)
-# The supervised stages of the built-in world. Rouge-L is chance there, where a reference is one of
-# very many right answers: the last weights are kept, and phase 1's of the lowest loss.
-TINY_TEACHER = dict(updates=800, lr=6e-3, batch_size=32, select="last", evals=1)
-TINY_INIT = dict(updates=1000, lr=1.2e-2, batch_size=64, evals=4)
-TINY_BASELINE = dict(lr=6e-3, batch_size=64, select="last", evals=4)
 # Flags that do not change what phase 2 learns; by turns, other answers are drawn.
 FREE = supervised.FREE - {"decoder"} | {"plan", "baselines"}
 
@@ -487,68 +481,6 @@ def distil(cfg: Config, stop: runs.Stop | None = None) -> dict:
 
 # ---- all stages -------------------------------------------------------------------------------
 
-AS_RELEASED = {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"}
-
-
-@dataclass(frozen=True)
-class Stages:
-    """The settings of each stage; None for one that is not needed."""
-    teacher: supervised.Config | None
-    init: supervised.Config | None
-    answers: sampling.Config | None
-    baselines: dict[str, supervised.Config]
-    minillm: Config
-
-
-def is_raw(name: str, role: str, cfg: Config) -> bool:
-    """Whether a model has yet to learn to follow instructions: it is new, or GPT-2 as released."""
-    if is_shape(name) and cfg.finetune not in ("auto", "both", role):
-        raise UserError(f"--{role}={name} is new and has to be trained: leave --finetune as it is")
-    raw = is_shape(name) or Path(name).name in AS_RELEASED
-    return raw if cfg.finetune == "auto" else cfg.finetune in ("both", role)
-
-
-def stages(cfg: Config) -> Stages:
-    """What comes before phase 2 and beside it. Raises UserError for settings that cannot work."""
-    out, tiny = cfg.out, cfg.preset == "tiny"
-    same = ("data", "max_prompt_tokens", "max_tokens", "seed", "micro_batch", "sample_batch",
-            "recompute", "compile", "resume", "device", "dtype")
-    common = {name: getattr(cfg, name) for name in same} | {"decoder": cfg.one_model_decoder}
-
-    def training(name: str, **settings) -> supervised.Config:
-        return make(supervised.Config, common | {"out": f"{out}/{name}"} | settings)
-
-    teacher = init = answers = None
-    names = {"teacher": cfg.teacher, "student": cfg.student}
-    if is_raw(cfg.teacher, "teacher", cfg):
-        teacher = training("teacher", model=cfg.teacher, **(TINY_TEACHER if tiny else {}))
-        names["teacher"] = teacher.out
-    if is_raw(cfg.student, "student", cfg):
-        recipe = TINY_INIT if tiny else {"epochs": 3}
-        init = training("init", model=cfg.student, select="loss", **recipe)
-        names["student"] = init.out
-    # In the built-in world a baseline goes on from phase 1 for as many updates as MiniLLM. Else it
-    # begins with --student and has its own recipe.
-    recipe = dict(model=names["student"], updates=cfg.steps, **TINY_BASELINE)
-    recipe = recipe if tiny else dict(model=cfg.student)
-    baselines = {}
-    for name in cfg.baselines.split(",") if cfg.baselines else []:
-        more = {"teacher": names["teacher"]} if name == "kd" else {}
-        if name == "seqkd":  # other settings write another file
-            asked = (names["teacher"], runs.checksum(cfg.teacher), cfg.data,
-                     runs.checksum(cfg.data), cfg.max_prompt_tokens, cfg.max_tokens, cfg.seed,
-                     cfg.dtype)
-            answers = sampling.Config(
-                model=names["teacher"], data=cfg.data, split="train", seed=cfg.seed,
-                out=f"{out}/answers-{zlib.crc32(repr(asked).encode()):08x}.jsonl",
-                max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.response_tokens,
-                sample_batch=cfg.sample_batch, decoder=cfg.one_model_decoder, device=cfg.device,
-                dtype=cfg.dtype)
-            more = {"data": answers.out, "valid_data": cfg.data}
-        baselines[name] = training(name, **recipe | more)
-    return Stages(teacher, init, answers, baselines, replace(cfg, **names))
-
-
 def evaluate_all(cfg: Config) -> list[dict]:
     """Evaluates every model of a run, on rows that none of them was trained on, and writes and
     prints the table."""
@@ -582,8 +514,8 @@ def evaluate_all(cfg: Config) -> list[dict]:
 def main(cfg: Config) -> list[dict]:
     """The plan, then every stage that is not finished."""
     with contextlib.nullcontext() if cfg.plan == "only" else runs.held(Path(cfg.out)):
-        work = stages(cfg)
-        from tools import plan  # it imports this file
+        from tools import plan, stages  # they import this file
+        work = stages.stages(cfg)
         plan.check(cfg, work)
         if cfg.plan != "off":
             plan.show(work, f"{cfg.teacher} teaches {cfg.student} {cfg.data}, in {cfg.out}")

@@ -133,6 +133,7 @@ def train(steps: int = 640) -> None:
     import distill
     import teacher as supervised
     from config import in_one_line, make
+    from tools import stages
 
     verdict = check(EXERCISE)
     print(f"10_minillm.py: {verdict.state}: {verdict.message}".removesuffix(": "))
@@ -145,7 +146,7 @@ def train(steps: int = 640) -> None:
         return *solve(student_logp, kl, mixed_logp, R, response_mask, clip_eps), clipped
 
     tiny = str(ROOT / "out" / "tiny")
-    work = distill.stages(distill.Config(out=tiny, baselines=""))
+    work = stages.stages(distill.Config(out=tiny, baselines=""))
     distill.minillm_loss = yours
     with in_one_line(), tempfile.TemporaryDirectory() as folder:
         for settings in (work.teacher, work.init):

@@ -23,12 +23,13 @@ from config import UserError, machine, run
 from model import load, same_vocabulary
 from safe import runs
 from sample import decoder, taken
+from tools import stages
 
 
 def with_models(cfg: distill.Config) -> distill.Config:
     """The settings, with the names of the models that phase 2 begins with. Raises UserError if one
     has still to be trained."""
-    work = distill.stages(replace(cfg, baselines=""))
+    work = stages.stages(replace(cfg, baselines=""))
     for stage in (work.teacher, work.init):
         if stage and not runs.is_finished(Path(stage.out), stage, supervised.FREE):
             command = shlex.join(["python", "distill.py", *sys.argv[1:]])

@@ -48,6 +48,7 @@ from distill import (
 from model import load, save
 from safe import runs
 from sample import decoder, follow, restrict, sample, uniforms
+from tools import plan, stages
 
 pytestmark = pytest.mark.usefixtures("few_rows")
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()  # an answer of one token among them
@@ -269,20 +270,20 @@ def test_settings_that_cannot_work():
     for role, choice in (("teacher", "student"), ("student", "teacher"), ("teacher", "none"), ("student", "none")):
         given = {"teacher": "out/p", "student": "out/q", role: "1x2x8", "finetune": choice}
         cfg = make(Config, given, distill.presets)
-        refused(lambda cfg=cfg: distill.stages(cfg), f"--{role}=1x2x8 is new", "--finetune")
+        refused(lambda cfg=cfg: stages.stages(cfg), f"--{role}=1x2x8 is new", "--finetune")
     itself = make(Config, dict(teacher="out/x/teacher", finetune="teacher", out="out/x"), distill.presets)
-    refused(lambda: distill.stages(itself), "--model=out/x/teacher would be overwritten by its own result")
+    refused(lambda: stages.stages(itself), "--model=out/x/teacher would be overwritten by its own result")
     for role in ("teacher", "student"):
         refused(of(**{role: "out/x/../y/minillm"}, out="out/y"), "would overwrite --teacher or --student", "--out")
 
 
 def test_which_models_are_raw():
     names = ("gpt2-xl", "openai-community/gpt2", "4x4x128", "models/gpt2", "MiniLLM/teacher-gpt2-1.5B", "out/x/teacher")
-    raw = [distill.is_raw(name, "teacher", Config()) for name in names]
+    raw = [stages.is_raw(name, "teacher", Config()) for name in names]
     assert raw == [True, True, True, True, False, False]
     for finetune, asked in (("both", True), ("teacher", True), ("student", False), ("none", False)):
         cfg = Config(finetune=finetune)
-        assert distill.is_raw("out/x", "teacher", cfg) == distill.is_raw("gpt2", "teacher", cfg) == asked
+        assert stages.is_raw("out/x", "teacher", cfg) == stages.is_raw("gpt2", "teacher", cfg) == asked
 
 
 # ---- an update of Algorithm 1 against its equations -----------------------------------------------------------------
@@ -797,7 +798,7 @@ def test_a_process_that_dies_ends_the_run_and_another_number_goes_on(tiny_models
 
 def test_every_stage_from_nothing_and_none_of_them_twice(distill_config, tmp_path, monkeypatch, capsys):
     for name in ("TINY_TEACHER", "TINY_INIT"):
-        monkeypatch.setattr(distill, name, getattr(distill, name) | dict(updates=4, evals=1))
+        monkeypatch.setattr(stages, name, getattr(stages, name) | dict(updates=4, evals=1))
     settings = dict(teacher="1x2x12", student="1x2x8", baselines="sft,kd,seqkd", steps=2, max_tokens=24, plan="auto")
     rows = distill.main(distill_config(**settings))
     printed = capsys.readouterr().out
@@ -825,7 +826,6 @@ def test_the_plan_alone_does_nothing(distill_config, tmp_path, capsys):
 
 
 def test_too_little_memory_is_told_before_anything_is_loaded(distill_config, tmp_path, monkeypatch):
-    from tools import plan
     monkeypatch.setattr(plan, "free_memory", lambda m: 1000)
     monkeypatch.setattr(distill, "load", None)
     refused(lambda: distill.main(distill_config(plan="auto")), "minillm needs about", "0.0 GiB are free",
@@ -833,15 +833,15 @@ def test_too_little_memory_is_told_before_anything_is_loaded(distill_config, tmp
     assert not (tmp_path / "run" / "minillm").exists()
 
 
-def trained_stages(work: distill.Stages) -> dict[str, supervised.Config]:
+def trained_stages(work: stages.Stages) -> dict[str, supervised.Config]:
     stages = {"teacher": work.teacher, "init": work.init} | work.baselines
     return {name: settings for name, settings in stages.items() if settings}
 
 
 def test_phase_2_alone_takes_finished_models_as_they_are():
     cfg = make(Config, dict(teacher="MiniLLM/teacher-gpt2-1.5B", student="MiniLLM/init-gpt2-120M"), distill.presets)
-    assert distill.stages(cfg) == distill.Stages(None, None, None, {}, cfg)
-    work = distill.stages(make(Config, dict(teacher="gpt2-xl", baselines="kd"), distill.presets))
+    assert stages.stages(cfg) == stages.Stages(None, None, None, {}, cfg)
+    work = stages.stages(make(Config, dict(teacher="gpt2-xl", baselines="kd"), distill.presets))
     assert [(name, s.model, s.select, s.epochs) for name, s in trained_stages(work).items()] == [
         ("teacher", "gpt2-xl", "rouge_l", None), ("init", "gpt2", "loss", 3), ("kd", "gpt2", "rouge_l", None)]
     assert work.baselines["kd"].teacher == work.minillm.teacher == "out/gpt2-xl-to-gpt2/teacher"
@@ -850,7 +850,7 @@ def test_phase_2_alone_takes_finished_models_as_they_are():
 
 def test_every_stage_hears_of_what_saves_memory():
     given = dict(teacher="gpt2-xl", micro_batch=1, sample_batch=3, recompute=True, baselines="sft,kd,seqkd")
-    work = distill.stages(make(Config, given, distill.presets))
+    work = stages.stages(make(Config, given, distill.presets))
     assert work.answers.sample_batch == 3 and len(trained_stages(work)) == 5
     for settings in trained_stages(work).values():
         assert (settings.micro_batch, settings.sample_batch, settings.recompute) == (1, 3, True)
@@ -868,7 +868,7 @@ def test_float16_scales_its_loss(distill_config, monkeypatch):
         scaler.step(optimizer)
         scaler.update()
     few = dict(dtype="float16", student="1x2x8", steps=2, max_tokens=24, plan="auto")
-    monkeypatch.setattr(distill, "TINY_INIT", distill.TINY_INIT | dict(updates=2, evals=1))
+    monkeypatch.setattr(stages, "TINY_INIT", stages.TINY_INIT | dict(updates=2, evals=1))
     assert all(math.isfinite(row["loss"]) for row in distill.main(distill_config(**few)))
 
 
@@ -877,7 +877,7 @@ def test_other_settings_do_not_take_the_teachers_answers(distill_config, tiny_mo
     rows = tmp_path / "rows.jsonl"
     shutil.copytree(tiny_models["teacher"], tmp_path / "p")
     given = dict(teacher=str(tmp_path / "p"), data=str(rows), baselines="seqkd")
-    answers = lambda **settings: distill.stages(distill_config(**given | settings)).answers.out
+    answers = lambda **settings: stages.stages(distill_config(**given | settings)).answers.out
     rows.write_text(json.dumps({"instruction": "Tell about the cat", "output": "Anna saw a cat."}) + "\n")
     first = answers()
     assert answers(sample_batch=2, micro_batch=3, steps=8, decoder="plain") == first

@@ -24,7 +24,7 @@ from config import Stopped, UserError, make
 from model import load, save
 from safe import runs
 from safe.hub import intact, read_torch
-from tools import plan
+from tools import plan, stages
 from tools.plan import measure
 
 pytestmark = pytest.mark.usefixtures("few_rows")
@@ -39,7 +39,7 @@ def shorten(monkeypatch) -> None:
     monkeypatch.setattr(plan, "measure", lambda *given: plan.Measured(*[1e-6] * 8))
     for name in ("TINY_TEACHER", "TINY_INIT", "TINY_BASELINE"):
         few = dict(evals=2) | (dict(updates=6) if name != "TINY_BASELINE" else {})
-        monkeypatch.setattr(distill, name, getattr(distill, name) | few)
+        monkeypatch.setattr(stages, name, getattr(stages, name) | few)
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_a_file_of_the_hubs_cache_is_what_its_name_says(tmp_path):
 def test_a_full_disk_loses_nothing(small, tmp_path, finished):
     """Whatever is being written when there is no more room: one line, and with room again the same bits."""
     out, cfg = tmp_path / "run", small(resume=True)
-    answers = os.path.basename(distill.stages(cfg).answers.out)
+    answers = os.path.basename(stages.stages(cfg).answers.out)
     for file in ("teacher/run.json.part", "teacher/model.safetensors.part", "teacher/state.pt.part", f"{answers}.part",
                  "seqkd/log.jsonl", "minillm/log.jsonl", "minillm/model.safetensors.part",
                  "minillm/samples.jsonl.part", "minillm/state.pt.part", "minillm/results.json.part",

@@ -12,7 +12,7 @@ import distill
 from config import Machine, make
 from model import GPTConfig, new_config, save
 from sample import decoder
-from tools import bench, plan
+from tools import bench, plan, stages
 from tools.plan import Draft, Lengths, Measured, decode_bytes, frozen_bytes, measure
 
 pytestmark = pytest.mark.usefixtures("few_rows")
@@ -26,7 +26,7 @@ TWO, FOUR = GPTConfig(2, 2, 16, 90, 64), GPTConfig(4, 2, 16, 90, 64)
 def draft(cfg: distill.Config, m: Machine) -> Draft:
     """The plan of a run whose student has two layers and whose teacher has four, at the costs above."""
     shapes = {cfg.student: TWO, cfg.teacher: FOUR}
-    return Draft(distill.Stages(None, None, None, {}, cfg), m, LENGTHS, shapes, {16: COST})
+    return Draft(stages.Stages(None, None, None, {}, cfg), m, LENGTHS, shapes, {16: COST})
 
 
 def test_a_cost_grows_with_layers_samples_and_tokens():
@@ -139,7 +139,7 @@ def test_what_a_later_stage_would_stumble_over_is_told_first(distill_config, tmp
     """Even where there is no plan."""
     def check(**settings):
         cfg = distill_config(**settings)
-        plan.check(cfg, distill.stages(cfg))
+        plan.check(cfg, stages.stages(cfg))
 
     refused(lambda: check(corpus="nowhere.txt"), "nowhere.txt", "no such .txt file")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -160,11 +160,11 @@ def test_a_folder_of_something_else_is_told_before_there_is_work(distill_config,
     cfg, out = distill_config(), tmp_path / "run"
     out.mkdir()
     (out / "results.json").write_text("{}")
-    refused(lambda: plan.check(cfg, distill.stages(cfg)), "results of something else")
-    plan.check(replace(cfg, plan="only"), distill.stages(cfg))  # which writes nothing
+    refused(lambda: plan.check(cfg, stages.stages(cfg)), "results of something else")
+    plan.check(replace(cfg, plan="only"), stages.stages(cfg))  # which writes nothing
     (out / "results.json").write_text("[]")
     (out / "run.json").write_text("{}")
-    refused(lambda: plan.check(cfg, distill.stages(cfg)), "the folder of a single stage")
+    refused(lambda: plan.check(cfg, stages.stages(cfg)), "the folder of a single stage")
 
 
 @pytest.mark.parametrize("stage", ["minillm", "sft", "init"])
@@ -172,7 +172,7 @@ def test_a_stage_of_other_settings_is_told_before_there_is_work(stage, distill_c
     cfg = distill_config(student="1x2x8", baselines="sft")
     (tmp_path / "run" / stage).mkdir(parents=True)
     (tmp_path / "run" / stage / "run.json").write_text('{"seed": 7}')
-    refused(lambda: plan.check(cfg, distill.stages(cfg)), f"{stage} was made with", "choose another --out")
+    refused(lambda: plan.check(cfg, stages.stages(cfg)), f"{stage} was made with", "choose another --out")
 
 
 def test_a_stage_that_needs_more_memory_than_is_free_is_refused(distill_config, monkeypatch, capsys, tmp_path):
@@ -194,20 +194,20 @@ def test_memory_is_shared_by_the_processes_of_one_machine(m):
 
 def test_a_stage_that_is_done_is_not_planned_again(distill_config, tmp_path, m):
     cfg = distill_config(teacher="1x2x12", student="1x2x8", baselines="sft,seqkd", decoder="plain", sample_batch=16)
-    work = distill.stages(cfg)
+    work = stages.stages(cfg)
     shapes = plan.shapes_of(work, plan.tokenizer_of(work))
     costs = {8: COST, 12: COST}
-    stages = lambda: [line.stage for line in Draft(work, m, LENGTHS, shapes, costs).lines()]
-    assert stages() == ["teacher", "init", "sft", "answers", "seqkd", "minillm", "evaluate"]
+    planned = lambda: [line.stage for line in Draft(work, m, LENGTHS, shapes, costs).lines()]
+    assert planned() == ["teacher", "init", "sft", "answers", "seqkd", "minillm", "evaluate"]
     for name in ("teacher", "minillm"):
         (tmp_path / "run" / name).mkdir(parents=True)
         (tmp_path / "run" / name / "results.json").write_text("{}")
     plan.Path(work.answers.out).write_text("")
-    assert stages() == ["init", "sft", "seqkd", "evaluate"]
+    assert planned() == ["init", "sft", "seqkd", "evaluate"]
 
 
 def test_models_that_do_not_exist_yet_have_the_shape_they_will_have(distill_config):
-    work = distill.stages(distill_config(teacher="1x2x12", student="1x2x8"))
+    work = stages.stages(distill_config(teacher="1x2x12", student="1x2x8"))
     tokenizer = plan.tokenizer_of(work)
     assert work.minillm.student.endswith("init")
     assert plan.shapes_of(work, tokenizer)[work.minillm.student] == new_config("1x2x8", tokenizer)
@@ -215,7 +215,7 @@ def test_models_that_do_not_exist_yet_have_the_shape_they_will_have(distill_conf
 
 def test_the_mean_lengths_are_those_of_the_rows_to_train_on(distill_config, tmp_path):
     cfg = distill_config()
-    tokenizer = plan.tokenizer_of(distill.stages(cfg))
+    tokenizer = plan.tokenizer_of(stages.stages(cfg))
     examples = plan.data.load_examples("tiny", "train", tokenizer, 16, 44, lambda *words: None)
     lengths = plan.lengths_of(cfg, tokenizer)
     assert (lengths.train, lengths.valid, lengths.test) == (len(examples), 6, 12)

@@ -31,6 +31,7 @@ from data import Example, Row
 from model import GPT, GPTConfig, is_shape, new_config, read_config, same_vocabulary
 from safe import runs, texts
 from sample import decoder, uniforms
+from tools import stages
 
 # Copies of a chunk of logits in an update, counted with PyTorch's profiler: of supervised training,
 # with the KL to a teacher besides, and of Eq. (7).
@@ -257,7 +258,7 @@ class Line:
 @dataclass(frozen=True)
 class Draft:
     """The plan of a run, whose models may not exist yet."""
-    work: distill.Stages
+    work: stages.Stages
     m: Machine
     lengths: Lengths
     shapes: dict[str, GPTConfig]  # by the name of a model
@@ -411,18 +412,18 @@ class Draft:
         return lines
 
 
-def first_of(work: distill.Stages, name: str) -> str:
+def first_of(work: stages.Stages, name: str) -> str:
     """The model that a stage begins with if this is its result, else the model itself."""
     origin = {s.out: s.model for s in (work.teacher, work.init) if s is not None}
     return origin.get(name, name)
 
 
-def tokenizer_of(work: distill.Stages) -> tiktoken.Encoding:
+def tokenizer_of(work: stages.Stages) -> tiktoken.Encoding:
     first = first_of(work, work.minillm.student)
     return data.tokenizer_for(work.minillm.data) if is_shape(first) else data.load_tokenizer(first)
 
 
-def shapes_of(work: distill.Stages, tokenizer: tiktoken.Encoding) -> dict[str, GPTConfig]:
+def shapes_of(work: stages.Stages, tokenizer: tiktoken.Encoding) -> dict[str, GPTConfig]:
     """The config of each model that is trained, or teaches. A model that does not exist yet has the
     shape of the one that its stage begins with."""
     names = {work.minillm.student, work.minillm.teacher}
@@ -436,7 +437,7 @@ def shapes_of(work: distill.Stages, tokenizer: tiktoken.Encoding) -> dict[str, G
 
 # ---- what distill.py calls ----------------------------------------------------------------------
 
-def check(cfg: distill.Config, work: distill.Stages) -> None:
+def check(cfg: distill.Config, work: stages.Stages) -> None:
     """Raises UserError, before there is any work, for what a later stage would stumble over."""
     m, out = machine(cfg.device, cfg.dtype, cfg.sample_batch), Path(cfg.out)
     if cfg.data.endswith(".jsonl"):
@@ -467,7 +468,7 @@ def check(cfg: distill.Config, work: distill.Stages) -> None:
         data.load_pieces(cfg.corpus, tokenizer, out / "minillm", cfg.max_tokens, m)
 
 
-def show(work: distill.Stages, what: str) -> None:
+def show(work: stages.Stages, what: str) -> None:
     """Prints the plan of what is still to do. Raises UserError, in every process, if a stage needs
     more memory than one of them has free."""
     cfg = work.minillm
@@ -542,7 +543,7 @@ def main(cfg: Config) -> dict[tuple[str, str], list[Line]]:
                 continue
             names = {"teacher": teacher, "student": student}
             minillm = make(distill.Config, given | names, distill.presets)
-            work = distill.Stages(None, None, None, {}, minillm)
+            work = stages.Stages(None, None, None, {}, minillm)
             lines = []
             for world in DEVICES:
                 lines.append(Draft(work, replace(m, world=world), lengths, GPT2S, costs).minillm())
