@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import sys
 from pathlib import Path
 
@@ -79,6 +80,27 @@ def gpt2():
     if not os.environ.get("CI") and not os.environ.get("TIKTOKEN_CACHE_DIR"):
         pytest.skip("set TIKTOKEN_CACHE_DIR to a folder with the GPT-2 vocabulary")
     return data.gpt2_tokenizer()
+
+
+def in_two_processes(monkeypatch, function) -> None:
+    """Calls function(rank) in two forks, as torchrun starts two processes. Both have to end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (("WORLD_SIZE", 2), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+        monkeypatch.setenv(name, str(value))
+    children = []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ["RANK"] = str(rank)
+            code = 1
+            try:
+                function(rank)
+                code = 0
+            finally:
+                os._exit(code)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
 
 
 def weights(folder) -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ import os
 import pickle
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import zipfile
@@ -19,7 +18,7 @@ from typing import Literal
 
 import pytest
 import torch
-from conftest import CPU, refused
+from conftest import CPU, in_two_processes, refused
 
 import config
 from config import Stopped, UserError, flag, make, parse, read_json, write_json, written_aside
@@ -287,22 +286,7 @@ def share(folder: Path) -> None:
 
 def test_two_processes_share_what_they_have(tmp_path, monkeypatch):
     """Sums, maxima and lists; one lock for both; a signal that one of them has had is everyone's."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in (("WORLD_SIZE", 2), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
-        monkeypatch.setenv(name, str(value))
-    children = []
-    for rank in range(2):
-        children.append(os.fork())
-        if children[-1] == 0:
-            os.environ["RANK"] = str(rank)
-            try:
-                share(tmp_path)
-            finally:
-                os._exit(0)
-    for child in children:
-        os.waitpid(child, 0)
+    in_two_processes(monkeypatch, lambda rank: share(tmp_path))
     for rank in range(2):
         assert read_json(tmp_path / f"{rank}.json")["got"] == [3.0, 20, 1, [0, "x", 1, "x"], signal.SIGTERM]
 

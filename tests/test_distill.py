@@ -534,6 +534,20 @@ def test_a_teacher_whose_probabilities_underflow(scale, small):
 
 # ---- Algorithm 1 in the built-in world ------------------------------------------------------------------------------
 
+def test_the_optimizer_is_that_of_the_released_scripts(distill_config, monkeypatch):
+    """AdamW with their betas and weight decay, which the paper does not name."""
+    class Made(Exception):
+        pass
+
+    def made(model, m, betas, weight_decay):
+        raise Made(betas, weight_decay)
+
+    monkeypatch.setattr(supervised, "optimizer_of", made)
+    with pytest.raises(Made) as caught:
+        distill.distil(distill_config())
+    assert caught.value.args == ((0.9, 0.95), 1e-6)
+
+
 @pytest.fixture(scope="module")
 def phase_2(tiny_models, few_rows):
     """A function that begins phase 2 of small models, in memory. It gives the student and the updates."""

@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-import os
 import re
-import socket
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_gpt, refused
+from conftest import in_two_processes, random_gpt, refused
 
 import config
 import data
@@ -368,25 +366,13 @@ def test_several_processes_number_their_answers_together(tiny_models, monkeypatc
     alone, written = capsys.readouterr().out, out.read_text()
     assert re.findall(r"^\[(\d)\]", alone, re.M) == list("01234")
     out.unlink()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in (("WORLD_SIZE", 2), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
-        monkeypatch.setenv(name, str(value))
-    children = []
-    for rank in range(2):
-        children.append(os.fork())
-        if children[-1] == 0:
-            os.environ["RANK"] = str(rank)
-            code = 1
-            try:
-                with open(tmp_path / f"{rank}.txt", "w") as sys.stdout:
-                    all_of_it()
-                config.dist.destroy_process_group()
-                code = 0
-            finally:
-                os._exit(code)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+
+    def one_of_two(rank):
+        with open(tmp_path / f"{rank}.txt", "w") as sys.stdout:
+            all_of_it()
+        config.dist.destroy_process_group()
+
+    in_two_processes(monkeypatch, one_of_two)
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == [alone, ""]
     assert out.read_text() == written
 
