@@ -307,10 +307,10 @@ class Config:
 
 def main(cfg: Config) -> None:
     load_rows(cfg.data, "test")  # a bad row is told before the vocabulary is fetched
-    tokenizer, limits = tokenizer_for(cfg.data), (cfg.max_prompt_tokens, cfg.max_tokens)
+    limits = cfg.max_prompt_tokens, cfg.max_tokens
     only_test = cfg.data in HUB_SETS and cfg.data != "dolly"
     for split in ["test"] if only_test else ["train", "valid", "test"]:
-        examples = load_examples(cfg.data, split, tokenizer, *limits)
+        examples = load_examples(cfg.data, split, tokenizer_for(cfg.data), *limits)
     for example in examples[: cfg.show]:
         print(f"\n{example.row.prompt_text}{example.row.outputs[0]}")
 

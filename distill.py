@@ -16,7 +16,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -222,19 +221,16 @@ class Config:
             raise UserError(f"--rollouts={self.rollouts} is not a multiple of "
                             f"--minibatch={self.minibatch}")
         if self.source == "gold" and (self.return_from, self.weight) != ("none", "none"):
-            raise UserError("--source=gold was drawn from neither model, so it has neither L_Long "
-                            f"nor weights: leave out --objective={self.objective} and "
-                            f"--weight={self.weight}")
+            raise UserError("--source=gold has neither L_Long nor weights: leave out --objective="
+                            f"{self.objective} and --weight={self.weight}")
         names = self.baselines.split(",") if self.baselines else []
         if not set(names) <= {"sft", "kd", "seqkd"} or len(names) > len(set(names)):
-            raise UserError(f"--baselines={self.baselines}: give some of sft, kd and seqkd, once "
-                            "each")
+            raise UserError(f"--baselines={self.baselines}: give some of sft, kd, seqkd, once each")
         if self.compile and self.decoder == "plain":
             raise UserError("--compile would compile every step of --decoder=plain: give one")
         result = os.path.realpath(f"{self.out}/minillm")
         if result in (os.path.realpath(self.teacher), os.path.realpath(self.student)):
-            raise UserError(f"the result, {result}, would overwrite --teacher or --student: give "
-                            "another --out")
+            raise UserError(f"{result} would overwrite --teacher or --student: give another --out")
 
     @property
     def divergence(self) -> str:
@@ -263,6 +259,7 @@ OFFICIAL = dict(gamma=0.95, objective="double", whiten="all", reward_clip=50.0, 
                 normalize="token", pt_kd=0.5)
 # Flags that do not change what phase 2 learns; by turns, other answers are drawn.
 FREE = supervised.FREE - {"decoder"} | {"plan", "baselines"}
+LOGGED = ("loss_single", "loss_long", "loss_pt", "reverse_kl", "weight", "clipped", "gap")
 
 
 def presets(given: dict) -> dict:
@@ -294,18 +291,19 @@ def collect(cfg: Config, collection: int, mine: list[int], instructions: Sequenc
     if cfg.source == "gold":
         answers = [example.response for example in examples]
         return follow(student, prompts, answers, T, m, teacher, keep_hidden=True)
+    given = [student, prompts, uniforms(cfg.seed, [first + i for i in mine], T), m, teacher]
     if cfg.decoder == "turns":
         from fast.decode import turns
-        draw = partial(draw, turn=turns(cfg.seed, collection, mine, T, cfg.mix_alpha))
-    uniform = uniforms(cfg.seed, [first + i for i in mine], T)
-    return draw(student, prompts, uniform, m, teacher, cfg.mix_alpha)
+        return draw(*given, cfg.mix_alpha, turns(cfg.seed, collection, mine, T, cfg.mix_alpha))
+    return draw(*given, cfg.mix_alpha)
 
 
 def minibatches(cfg: Config, collection: int) -> list[list[int]]:
     """The answers of each update, one inner epoch after the other. A minibatch has one answer i of
     each column i % minibatch, and a process owns whole columns, so that the minibatches are the
     same for any number of processes."""
-    columns, batches = np.arange(cfg.rollouts).reshape(-1, cfg.minibatch), []
+    columns = np.arange(cfg.rollouts).reshape(-1, cfg.minibatch)
+    batches = []
     for epoch in range(cfg.inner_epochs):
         generator = np.random.default_rng((cfg.seed, collection, epoch))
         batches += generator.permuted(columns, axis=0).tolist()
@@ -322,9 +320,6 @@ def shared(rollout: Rollout, mine: list[int], cfg: Config, m: Machine) -> tuple[
         whole[mine] = own.to(known.dtype)
     m.sum(known)
     return known[0], known[1], known[2].bool(), known[3][:, 0]
-
-
-LOGGED = ("loss_single", "loss_long", "loss_pt", "reverse_kl", "weight", "clipped", "gap")
 
 
 def add(sums: dict[str, Tensor], response_mask: Tensor, **values: Tensor) -> None:
@@ -439,26 +434,30 @@ def distil(cfg: Config, stop: runs.Stop | None = None) -> dict:
     """Phase 2 as a run that is validated, saved and resumed. The result is a folder, OUT/minillm.
 
     Asked to stop, it first learns from the answers that it has sampled: they are not saved."""
-    m, out = machine(cfg.device, cfg.dtype, cfg.sample_batch), Path(cfg.out) / "minillm"
+    m = machine(cfg.device, cfg.dtype, cfg.sample_batch)
+    out = Path(cfg.out) / "minillm"
     if runs.begin(out, cfg, FREE, m):
         return read_json(out / "results.json")
-    tokenizer, limits = data.load_tokenizer(cfg.student), (cfg.max_prompt_tokens, cfg.max_tokens)
+    tokenizer = data.load_tokenizer(cfg.student)
+    limits = cfg.max_prompt_tokens, cfg.max_tokens
     instructions = data.load_examples(cfg.data, "train", tokenizer, *limits, m.say)
     valid = data.load_examples(cfg.data, "valid", tokenizer, *limits, m.say)
     corpus = data.load_pieces(cfg.corpus, tokenizer, out, cfg.max_tokens, m) if cfg.pt_coef else []
     # Dropout is off after load() and stays off: log q must be that of sampling.
     student = supervised.trained(load(cfg.student, m.device), cfg.recompute, cfg.compile)
-    _, ready = decoder(cfg.decoder)
+    draw, ready = decoder(cfg.one_model_decoder)
     teacher = ready(load(cfg.teacher, m.device), m.dtype).requires_grad_(False)
     optimizer, scaler = supervised.optimizer_of(student, m, (0.9, 0.95), 1e-6)
     step, best = runs.load_state(out, cfg, student, optimizer, scaler, m)
-    progress, resumed = runs.Progress(m, "minillm", step, cfg.steps), best is not None
+    progress = runs.Progress(m, "minillm", step, cfg.steps)
+    resumed = best is not None
     collection = cfg.inner_epochs * cfg.rollouts // cfg.minibatch  # updates from the same answers
     updates = algorithm_1(student, teacher, instructions, corpus, optimizer, scaler, cfg, m, step)
     while True:
         due = (step - collection) // cfg.eval_every < step // cfg.eval_every or step == cfg.steps
         if due and not resumed:  # a state is validated before it is saved
-            scores, answers = supervised.validate(student, tokenizer, valid, m, cfg, teacher)
+            scores, answers = supervised.validate(
+                ready(student, m.dtype), tokenizer, valid, m, draw, cfg.response_tokens, teacher)
             runs.log(out, m, {"step": step, "valid": scores})
             progress.show(step, scores, answers[:3])
             scores["step"] = step
@@ -482,14 +481,15 @@ def distil(cfg: Config, stop: runs.Stop | None = None) -> dict:
 # ---- all stages -------------------------------------------------------------------------------
 
 def evaluate_all(cfg: Config) -> list[dict]:
-    """Evaluates every model of a run, on rows that none of them was trained on, and writes and
-    prints the table."""
-    m, out = machine(cfg.device, cfg.dtype), Path(cfg.out)
+    """Evaluates every model of a run on held-out rows, and writes and prints the table."""
+    m = machine(cfg.device, cfg.dtype)
+    out = Path(cfg.out)
     models = {"teacher": cfg.teacher, "init": cfg.student}
-    made = [name for name in ("sft", "kd", "seqkd", "minillm")
-            if (out / name / "results.json").is_file()]
-    models |= {name: str(out / name) for name in made}
-    split, table = "valid" if cfg.data.endswith(".jsonl") else "test", []  # of a file the held-out
+    for name in ("sft", "kd", "seqkd", "minillm"):
+        if (out / name / "results.json").is_file():
+            models[name] = str(out / name)
+    split = "valid" if cfg.data.endswith(".jsonl") else "test"  # of a file the held-out rows
+    table = []
     for method, model in models.items():
         settings = evaluation.Config(
             model=model, data=cfg.data, split=split, teacher=cfg.teacher, device=cfg.device,

@@ -92,16 +92,6 @@ def without_repeats(n: int) -> Callable:
     return adjust
 
 
-def score(row: data.Row, answer: str, ended: bool, in_world: bool) -> dict[str, float]:
-    """The metrics of one answer that need its text."""
-    scores = {"rouge_l": rouge_l(answer, row.outputs),
-              "exact_match": exact_match(answer, row.outputs)}
-    if in_world:
-        right = ended and world.is_valid(row.instruction, row.input, answer)
-        scores = {"valid": 100.0 * right, **scores}
-    return scores
-
-
 def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Example], m: Machine,
              draw: Callable, teacher: GPT | None = None, seeds: Sequence[int] = (10,), T: int = 256,
              forward: bool = False, adjust: Callable | None = None) -> tuple[dict, list[dict]]:
@@ -113,7 +103,7 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
     KL[p || q] along an answer of p; in the built-in world valid, 100 if it is right. Of all answers
     of a seed: dist_4. Of all seeds: dist_4_prompt, the mean over prompts of the dist_4 of their
     answers; in the built-in world distinct, the percentage of answers left without repetitions."""
-    answers, in_world = [], tokenizer.name == "words"
+    answers = []
     mine = range(m.rank, len(examples), m.world)
     prompts = [examples[i].prompt for i in mine]
     for seed in seeds:
@@ -129,9 +119,14 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
             columns["forward_kl"] = known.reverse_kl.sum(1)
         columns = {name: values.tolist() for name, values in columns.items()}
         for n, i in enumerate(mine):
-            row, text = examples[i].row, data.decode(tokenizer, rollout.answers[n])
+            row = examples[i].row
+            text = data.decode(tokenizer, rollout.answers[n])
             scores = {name: values[n] for name, values in columns.items()}
-            scores |= score(row, text, bool(rollout.ended[n]), in_world)
+            if tokenizer.name == "words":
+                right = rollout.ended[n] and world.is_valid(row.instruction, row.input, text)
+                scores["valid"] = 100.0 if right else 0.0
+            scores["rouge_l"] = rouge_l(text, row.outputs)
+            scores["exact_match"] = exact_match(text, row.outputs)
             answers.append({"seed": seed, "prompt": i, "instruction": row.instruction,
                             "input": row.input, "references": row.outputs, "answer": text,
                             "reference_tokens": len(examples[i].response) - row.ended,
@@ -146,7 +141,7 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
         by_prompt = [[a["answer"] for a in some] for some in zip(*by_seed)]
         long = [dist_n(texts) for texts in by_prompt if any(len(t.split()) >= 4 for t in texts)]
         means["dist_4_prompt"] = [float(np.mean(long or [0.0]))]
-    if in_world:
+    if tokenizer.name == "words":
         different = {(a["instruction"], a["input"], a["answer"]) for a in answers}
         means["distinct"] = [100 * len(different) / len(answers)]
     return means, answers
@@ -186,7 +181,8 @@ def main(cfg: Config, own: bool = False) -> dict:
     names = list(data.HUB_SETS) if cfg.data == "all" else (cfg.data or "").split(",")
     if len(names) > 1:
         return evaluate_sets(cfg, names)
-    m, tokenizer = machine(cfg.device, cfg.dtype, cfg.sample_batch), data.load_tokenizer(cfg.model)
+    m = machine(cfg.device, cfg.dtype, cfg.sample_batch)
+    tokenizer = data.load_tokenizer(cfg.model)
     name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
     path = Path(cfg.out) / "results.json" if cfg.out else None
     given = asdict(cfg) | dict.fromkeys(("sample_batch", "decoder", "device"))

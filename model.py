@@ -180,8 +180,7 @@ class GPT(nn.Module):
         T = tokens.size(1)
         past = cache.length if cache else 0
         if past + T > self.config.n_positions:
-            raise UserError(f"{past + T} tokens do not fit into this model's "
-                            f"{self.config.n_positions} positions")
+            raise UserError(f"{past + T} tokens exceed the {self.config.n_positions} positions")
         positions = cache.positions(T) if cache else torch.arange(T, device=tokens.device)  # (T,)
         mask = None  # attention is causal by itself where a row begins with its first token
         if starts is not None or (past and T > 1):
@@ -201,10 +200,10 @@ class GPT(nn.Module):
     def head(self) -> Tensor:
         """The output embedding (V, D). Under autocast its mean row is subtracted, which softmax
         does not notice: GPT-2's logits lie near -100, where bfloat16 has steps of 0.5."""
-        weight, device = self.wte.weight, self.wte.weight.device.type
-        if not torch.is_autocast_enabled(device):
+        weight = self.wte.weight
+        if not torch.is_autocast_enabled(weight.device.type):
             return weight
-        return (weight - weight.detach().mean(0)).to(torch.get_autocast_dtype(device))
+        return (weight - weight.detach().mean(0)).to(torch.get_autocast_dtype(weight.device.type))
 
     def logits(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:
         """(..., D) -> (..., V), in float32 at least. A loop over chunks makes the head() once."""
@@ -236,7 +235,8 @@ def new_config(shape: str, tokenizer) -> GPTConfig:
 def new(config: GPTConfig, seed: int) -> GPT:
     """Random weights, drawn as GPT-2's were, but wider for a narrow model, whose logits would begin
     too flat."""
-    model, generator = GPT(config), torch.Generator().manual_seed(seed)
+    model = GPT(config)
+    generator = torch.Generator().manual_seed(seed)
     std = 0.02 * math.sqrt(768 / min(config.n_embd, 768))
     for name, p in model.named_parameters():
         if name.endswith("bias"):

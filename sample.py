@@ -252,7 +252,8 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    m, tokenizer = machine(cfg.device, cfg.dtype, cfg.sample_batch), data.load_tokenizer(cfg.model)
+    m = machine(cfg.device, cfg.dtype, cfg.sample_batch)
+    tokenizer = data.load_tokenizer(cfg.model)
     if cfg.data:
         limits = cfg.max_prompt_tokens, 1024
         rows = [e.row for e in data.load_examples(cfg.data, cfg.split, tokenizer, *limits, m.say)]
@@ -271,8 +272,7 @@ def main(cfg: Config) -> None:
 
     def show(token: int) -> None:
         if token != tokenizer.eot_token:
-            text = tokenizer.decode_single_token_bytes(token)
-            print(utf8.decode(text), end="", flush=True)
+            print(utf8.decode(tokenizer.decode_single_token_bytes(token)), end="", flush=True)
 
     def adjust(logp_vocab: Tensor, rows: list[int], said: Tensor) -> Tensor:
         answer = said[0, len(prompts[0]) :].tolist() if streamed else []

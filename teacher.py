@@ -13,7 +13,7 @@ Left out: the paper's search over learning rates (give --lr); LoRA; ZeRO and FSD
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -187,19 +187,16 @@ def clip_gradient(model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.am
     return None
 
 
-def validate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Example], m: Machine, cfg,
-             teacher: GPT | None = None) -> tuple[dict, list[dict]]:
+def validate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Example], m: Machine,
+             draw: Callable, T: int, teacher: GPT | None = None) -> tuple[dict, list[dict]]:
     """The held-out loss and, on instructions, the metrics of one answer to each prompt, always by
     the same draws; and the answers."""
-    one_model = "fast" if cfg.decoder == "turns" else cfg.decoder  # a mixture takes turns
-    draw, ready = decoder(one_model)
-    model = ready(model, m.dtype)
-    scores, answers = {"loss": held_out_loss(model, examples, m)}, []
+    answers = []
+    scores = {"loss": held_out_loss(model, examples, m)}
     if not math.isfinite(scores["loss"]):  # no later one would be better than NaN
         raise UserError(f"the validation loss is {scores['loss']}: lower --lr, or give "
                         "--dtype=float32")
     if not isinstance(examples, data.Pieces):
-        T = cfg.max_tokens - cfg.max_prompt_tokens
         means, answers = evaluate(model, tokenizer, examples, m, draw, teacher, T=T)
         scores |= {name: values[0] for name, values in means.items()}
     return scores, answers
@@ -242,7 +239,8 @@ def load_data(cfg: Config, tokenizer: tiktoken.Encoding, m: Machine) -> tuple[Se
 
 def train(cfg: Config, stop: runs.Stop) -> dict:
     """Trains a model on instructions or on plain text. The result is a model folder, --out."""
-    m, out = machine(cfg.device, cfg.dtype, cfg.sample_batch), Path(cfg.out)
+    m = machine(cfg.device, cfg.dtype, cfg.sample_batch)
+    out = Path(cfg.out)
     if runs.begin(out, cfg, FREE, m):
         return read_json(out / "results.json")
     is_new = is_shape(cfg.model)
@@ -258,7 +256,7 @@ def train(cfg: Config, stop: runs.Stop) -> dict:
     model = trained(model, cfg.recompute, cfg.compile)
     if cfg.dropout is not None:
         model.set_dropout(cfg.dropout)
-    _, ready = decoder(cfg.decoder)
+    draw, ready = decoder(cfg.decoder)
     teacher = ready(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
     updates, evals, lr = schedule(cfg, config, len(examples))
     eval_steps = {round(updates * (n + 1) / evals) for n in range(evals)}
@@ -291,7 +289,9 @@ def train(cfg: Config, stop: runs.Stop) -> dict:
                 "grad_norm": norm}
         progress.show(step, line)
         if step in eval_steps:
-            line["valid"], answers = validate(model.eval(), tokenizer, valid, m, cfg, teacher)
+            q = ready(model.eval(), m.dtype)
+            T = cfg.max_tokens - cfg.max_prompt_tokens
+            line["valid"], answers = validate(q, tokenizer, valid, m, draw, T, teacher)
             progress.show(step, line["valid"], answers[:1])
             scores = line["valid"] | {"step": step}
             best = keep_best(model, tokenizer, out, m, cfg.select, scores, best)

@@ -103,7 +103,8 @@ def is_finished(out: Path, cfg, free: set[str]) -> bool:
 
     Raises UserError if it holds something else, a run of other flags or files, or an unfinished run
     while --resume is not given."""
-    finished, begun = (out / "results.json").is_file(), (out / "run.json").is_file()
+    finished = (out / "results.json").is_file()
+    begun = (out / "run.json").is_file()
     if finished and (not begun or "given" in read_json(out / "results.json")):  # of eval.py
         raise UserError(f"--out={out} holds results of something else: give another folder")
     if begun:
@@ -222,16 +223,19 @@ class Progress:
 
     def show(self, step: int, values: dict, answers: Sequence[dict] | None = None) -> None:
         """The values of a step. With answers, even if there are none, they are a validation's."""
-        now, validated = time.perf_counter(), answers is not None
+        now = time.perf_counter()
+        validated = answers is not None
         if not validated and now - self.shown_at < 2:
             return
         self.shown_at = now
         values = {name: values[name] for name in self.SHOWN if values.get(name) is not None}
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if not validated:
+        if validated:
+            text = f"| validation:  {text}"
+        else:
             left = (now - self.began) / (step - self.first) * (self.last - step)
             text += f"  left {clock(left)}"
-        self.m.say(f"{self.stage} {step}/{self.last}  {'| validation:  ' * validated}{text}")
+        self.m.say(f"{self.stage} {step}/{self.last}  {text}")
         for answer in answers or ():
             text = f"{answer['instruction']} {answer['input']} -> {answer['answer']}"
             self.m.say(f"    {' '.join(text.split())[:96]}")

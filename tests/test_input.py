@@ -149,7 +149,7 @@ def test_what_is_read_is_not_written_over(tiny_models, tmp_path, distill_config)
     refused(lambda: distill.main(distill_config(out=str(tmp_path))), "holds results of something else")
     (tmp_path / "results.json").write_text("[]")  # of distill.py
     refused(lambda: distill_config(student=f"{tmp_path}/../{tmp_path.name}/minillm", out=str(tmp_path)),
-            "minillm, would overwrite --teacher or --student")
+            "minillm would overwrite --teacher or --student")
     cfg = evaluation.Config(model=tiny_models["student"], out=str(tmp_path), device="cpu")
     refused(lambda: evaluation.main(cfg), "results.json holds results of other settings")
 
