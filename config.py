@@ -1,4 +1,4 @@
-"""Flags, the machine and files: what every command needs before the mathematics begins.
+"""Flags and the machine: what every command needs before the mathematics begins.
 
 A script's settings are a frozen dataclass of `flag`s, which `run(main, Config)` reads from the
 command line. Tests, notebooks and exercises write `Config(steps=3)` or call `make` instead.
@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
-import json
 import math
 import os
 import re
@@ -21,7 +20,6 @@ import signal
 import sys
 import typing
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -127,16 +125,6 @@ def check(cfg, **ranges: tuple[float, float]) -> None:
             raise UserError(f"--{field.name}={value} is out of range: {between}")
 
 
-def check_place(cfg, folder: str = "", file: str = "") -> None:
-    """Raises UserError if the path in this field cannot become a folder, or a file."""
-    path = getattr(cfg, folder or file)
-    if path and file and os.path.isdir(path):
-        raise UserError(f"--{file}={path} is a folder: give the name of a file")
-    for parent in Path(path or "", "content" if folder else "").parents:
-        if os.path.lexists(parent) and not parent.is_dir():
-            raise UserError(f"--{folder or file}={path}: {parent} is a file, and no folder")
-
-
 @in_one_line()
 def run(main, Config: type, presets=None) -> None:
     """Reads the flags and calls main. It stands under `if __name__ == "__main__"`."""
@@ -237,44 +225,3 @@ def machine(device: str = "auto", dtype: str = "auto", sample_batch: int = 64) -
         dist.init_process_group(**backend, timeout=timedelta(hours=6))
     kind = fastest if dtype == "auto" else getattr(torch, dtype)
     return Machine(place, kind, rank, world, sample_batch, 128 if device == "cpu" else 1024)
-
-
-@contextlib.contextmanager
-def written_aside(path: Path):
-    """Yields a temporary path that becomes `path` if the block ends well: whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    try:
-        yield aside
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def as_json(cfg) -> dict:
-    """Returns the settings as a JSON object, in which infinity is the word "inf"."""
-    settings = dataclasses.asdict(cfg).items()
-    return {name: str(x) if x in (math.inf, -math.inf) else x for name, x in settings}
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
-    except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{path} is not a JSON object: remove it, or fetch it again") from None
-
-
-def write_json(path: Path, value) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    with written_aside(path) as aside:
-        aside.write_text(text + "\n", encoding="utf-8")
-
-
-def write_lines(path: Path, rows: list[dict]) -> None:
-    with written_aside(path) as aside, open(aside, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def clock(seconds: float) -> str:
-    """Returns "0:07:00" or "2 days, 12:00:00"."""
-    return str(timedelta(seconds=round(seconds)))

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 import world
-from config import Machine, UserError, check, flag, run, written_aside
+from config import Machine, UserError, check, flag, run
 from model import read_config
+from safe.files import written_aside
 from safe.hub import require
 from safe.texts import (END, fields_of_rows, gpt2_tokenizer, text_files, tokenised, tokenizer_files,
                         words_of)

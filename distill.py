@@ -12,7 +12,6 @@ Left out: a critic, a KL to the initial student, an entropy bonus (the paper has
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,13 +24,12 @@ import torch
 from torch import Tensor
 
 import data
-import eval as evaluation
 import sample as sampling
 import teacher as supervised
-from config import (Machine, UserError, check, check_place, flag, machine, read_json,
-                    run, write_json, write_lines)
+from config import Machine, UserError, check, flag, machine, run
 from model import GPT, load
 from safe import runs
+from safe.files import check_place, read_json, write_lines
 from sample import Rollout, decoder, follow, mix, taken, uniforms
 
 # ---- the equations, in the paper's order ------------------------------------------------------
@@ -223,14 +221,8 @@ class Config:
         if self.source == "gold" and (self.return_from, self.weight) != ("none", "none"):
             raise UserError("--source=gold has neither L_Long nor weights: leave out --objective="
                             f"{self.objective} and --weight={self.weight}")
-        names = self.baselines.split(",") if self.baselines else []
-        if not set(names) <= {"sft", "kd", "seqkd"} or len(names) > len(set(names)):
-            raise UserError(f"--baselines={self.baselines}: give some of sft, kd, seqkd, once each")
         if self.compile and self.decoder == "plain":
             raise UserError("--compile would compile every step of --decoder=plain: give one")
-        result = os.path.realpath(f"{self.out}/minillm")
-        if result in (os.path.realpath(self.teacher), os.path.realpath(self.student)):
-            raise UserError(f"{result} would overwrite --teacher or --student: give another --out")
 
     @property
     def divergence(self) -> str:
@@ -448,68 +440,30 @@ def distil(cfg: Config, stop: runs.Stop | None = None) -> dict:
     draw, ready = decoder(cfg.one_model_decoder)
     teacher = ready(load(cfg.teacher, m.device), m.dtype).requires_grad_(False)
     optimizer, scaler = supervised.optimizer_of(student, m, (0.9, 0.95), 1e-6)
-    step, best = runs.load_state(out, cfg, student, optimizer, scaler, m)
-    progress = runs.Progress(m, "minillm", step, cfg.steps)
-    resumed = best is not None
+    run = runs.Run(out, cfg, m, stop, cfg.steps, student, optimizer, scaler)
+    step, best, validated = run.step, run.best, run.best is not None
     collection = cfg.inner_epochs * cfg.rollouts // cfg.minibatch  # updates from the same answers
     updates = algorithm_1(student, teacher, instructions, corpus, optimizer, scaler, cfg, m, step)
     while True:
         due = (step - collection) // cfg.eval_every < step // cfg.eval_every or step == cfg.steps
-        if due and not resumed:  # a state is validated before it is saved
+        if due and not validated:
             scores, answers = supervised.validate(
                 ready(student, m.dtype), tokenizer, valid, m, draw, cfg.response_tokens, teacher)
-            runs.log(out, m, {"step": step, "valid": scores})
-            progress.show(step, scores, answers[:3])
+            run.log_validation(step, scores, answers[:3])
             scores["step"] = step
             best = supervised.keep_best(student, tokenizer, out, m, cfg.select, scores, best)
             if m.rank == 0:
                 write_lines(out / "samples.jsonl", answers)
-        stopped = bool(stop and stop.asked(m))
-        if ((due and not resumed) or stopped) and m.rank == 0:
-            runs.save_state(out, student, optimizer, scaler, step, best)
-        resumed = False
         if step == cfg.steps:
             return runs.finish(out, m, {"best": best})
-        if stopped:
-            stop.end(m, f"{out}: stopped and saved after update {step}; --resume goes on")
+        run.save(step, best, due and not validated)
         for line in islice(updates, collection):
             step = line["step"]
-            runs.log(out, m, line)
-            progress.show(step, line)
+            run.log(line)
+        validated = False
 
 
 # ---- all stages -------------------------------------------------------------------------------
-
-def evaluate_all(cfg: Config) -> list[dict]:
-    """Evaluates every model of a run on held-out rows, and writes and prints the table."""
-    m = machine(cfg.device, cfg.dtype)
-    out = Path(cfg.out)
-    models = {"teacher": cfg.teacher, "init": cfg.student}
-    for name in ("sft", "kd", "seqkd", "minillm"):
-        if (out / name / "results.json").is_file():
-            models[name] = str(out / name)
-    split = "valid" if cfg.data.endswith(".jsonl") else "test"  # of a file the held-out rows
-    table = []
-    for method, model in models.items():
-        settings = evaluation.Config(
-            model=model, data=cfg.data, split=split, teacher=cfg.teacher, device=cfg.device,
-            out=f"{out}/test/{method}", max_prompt_tokens=cfg.max_prompt_tokens,
-            max_response_tokens=cfg.response_tokens, sample_batch=cfg.sample_batch,
-            decoder=cfg.one_model_decoder, dtype=cfg.dtype)
-        scores = evaluation.main(settings, own=True)["scores"]
-        spread = {name: float(np.std(x, ddof=1)) for name, x in scores.items() if len(x) > 1}
-        means = {name: float(np.mean(x)) for name, x in scores.items()}
-        table.append({"method": method, **means, "std": spread})
-    if m.rank == 0:
-        write_json(out / "results.json", table)
-    columns = ("valid", "distinct", "rouge_l", "reverse_kl", "forward_kl", "loss", "tokens")
-    columns = [name for name in columns if name in table[0]]
-    m.say(f"\n{'method':10}" + "".join(f"{name:>12}" for name in columns))
-    for row in table:
-        m.say(f"{row['method']:10}" + "".join(f"{row[name]:12.3f}" for name in columns))
-    m.say(f"written to {out / 'results.json'}; the student is {out / 'minillm'}")
-    return table
-
 
 def main(cfg: Config) -> list[dict]:
     """The plan, then every stage that is not finished."""
@@ -531,7 +485,7 @@ def main(cfg: Config) -> list[dict]:
             supervised.main(settings)
         with runs.Stop("once these answers are learned from") as stop:
             runs.within_memory(distil, work.minillm, stop)
-        return evaluate_all(work.minillm)
+        return stages.evaluate(work.minillm)
 
 
 if __name__ == "__main__":

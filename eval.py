@@ -23,10 +23,11 @@ from torch import Tensor
 
 import data
 import world
-from config import Machine, UserError, check, check_place, clock, command, flag, machine, run
+from config import Machine, UserError, check, command, flag, machine, run
 from data import Example
 from model import GPT, load, same_vocabulary
 from safe import runs
+from safe.files import check_place
 from sample import decoder, follow, room_for_answers, taken, uniforms
 
 
@@ -240,7 +241,7 @@ def show(results: dict, m: Machine) -> None:
     for metric, values in results["scores"].items():
         spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
         m.say(f"  {metric:14}{np.mean(values):9.3f}{spread}")
-    m.say(f"  took {clock(results['seconds'])} and at most {results['peak_gib']:.1f} GiB, on "
+    m.say(f"  took {runs.clock(results['seconds'])} and at most {results['peak_gib']:.1f} GiB, on "
           f"{m.device} in {str(m.dtype)[6:]}")
 
 

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError, read_json, written_aside
+from config import UserError
+from safe.files import read_json, written_aside
 from safe.hub import read_weights, require, weight_files, write_weights
 
 

@@ -9,7 +9,6 @@ Shapes:   B answers, b of them decoded together, P prompt tokens, T response tok
 Left out: beam search (no equation needs it); continuous batching, which serves many users.
 """
 
-import codecs
 import math
 import os
 import sys
@@ -25,9 +24,11 @@ import torch
 from torch import Tensor
 
 import data
-from config import Machine, UserError, check, check_place, flag, machine, run, write_lines
+from config import Machine, UserError, check, flag, machine, run
 from data import Row
 from model import GPT, KVCache, load, same_vocabulary
+from safe.files import check_place, write_lines
+from safe.texts import Stream
 
 
 def mix(student_logp_vocab: Tensor, teacher_logp_vocab: Tensor, mix_alpha: float) -> Tensor:
@@ -268,16 +269,11 @@ def main(cfg: Config) -> None:
         same_vocabulary(model.config, teacher.config)
     streamed = len(rows) == 1 and not cfg.out and cfg.decoder != "captured"
     restricted = (cfg.temperature, cfg.top_k, cfg.top_p) != (1.0, 0, 1.0)
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a letter
-
-    def show(token: int) -> None:
-        if token != tokenizer.eot_token:
-            print(utf8.decode(tokenizer.decode_single_token_bytes(token)), end="", flush=True)
+    stream = Stream(tokenizer)
 
     def adjust(logp_vocab: Tensor, rows: list[int], said: Tensor) -> Tensor:
-        answer = said[0, len(prompts[0]) :].tolist() if streamed else []
-        if answer and tokenizer.eot_token not in answer:  # on a GPU drawing may go on behind it
-            show(answer[-1])
+        if streamed:
+            stream.show(said[0, len(prompts[0]) :].tolist())
         if restricted:
             return restrict(logp_vocab, cfg.temperature, cfg.top_k, cfg.top_p)
         return logp_vocab
@@ -290,8 +286,7 @@ def main(cfg: Config) -> None:
     seconds = time.perf_counter() - began
     answers = sorted(m.gather(list(zip(mine, rollout.answers, rollout.ended.tolist()))))
     if m.rank == 0 and streamed:
-        show(answers[0][1][-1])
-        print(utf8.decode(b"", final=True))
+        print(data.decode(tokenizer, answers[0][1])[stream.shown :])
     elif m.rank == 0:
         lines = []
         for i, answer, ended in answers:

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 import data
-from config import (Machine, UserError, check, check_place, flag, machine, read_json, run)
+from config import Machine, UserError, check, flag, machine, run
 from data import Batch, Example
 from eval import evaluate, held_out_loss
 from model import (GPT, GPTConfig, is_shape, load, new, new_config, read_config, same_vocabulary,
                    save)
 from safe import runs
+from safe.files import check_place, read_json
 from sample import decoder, taken
 
 
@@ -261,10 +262,10 @@ def train(cfg: Config, stop: runs.Stop) -> dict:
     updates, evals, lr = schedule(cfg, config, len(examples))
     eval_steps = {round(updates * (n + 1) / evals) for n in range(evals)}
     optimizer, scaler = optimizer_of(model, m, (0.9, 0.999), cfg.weight_decay)
-    step, best = runs.load_state(out, cfg, model, optimizer, scaler, m)
+    run = runs.Run(out, cfg, m, stop, updates, model, optimizer, scaler)
+    step, best = run.step, run.best
     m.say(f"{out}: {cfg.model}, {config.parameters:,} parameters, updates {step:,} to {updates:,} "
           f"of {cfg.batch_size} samples at {lr:g}, on {m.device} in {str(m.dtype)[6:]}")
-    progress = runs.Progress(m, out.name, step, updates)
     while step < updates:
         model.train()
         picks = data.picks(step * cfg.batch_size, cfg.batch_size, len(examples), cfg.seed)
@@ -285,22 +286,15 @@ def train(cfg: Config, stop: runs.Stop) -> dict:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        line = {"step": step, "loss": loss / tokens, "gold_loss": gold_loss / tokens, "lr": rate,
-                "grad_norm": norm}
-        progress.show(step, line)
+        run.log({"step": step, "loss": loss / tokens, "gold_loss": gold_loss / tokens, "lr": rate,
+                 "grad_norm": norm})
         if step in eval_steps:
             q = ready(model.eval(), m.dtype)
             T = cfg.max_tokens - cfg.max_prompt_tokens
-            line["valid"], answers = validate(q, tokenizer, valid, m, draw, T, teacher)
-            progress.show(step, line["valid"], answers[:1])
-            scores = line["valid"] | {"step": step}
-            best = keep_best(model, tokenizer, out, m, cfg.select, scores, best)
-        runs.log(out, m, line)
-        stopped = stop.asked(m)
-        if (step in eval_steps or stopped) and m.rank == 0:
-            runs.save_state(out, model, optimizer, scaler, step, best)
-        if stopped:
-            stop.end(m, f"{out}: stopped and saved after update {step}; --resume goes on")
+            scores, answers = validate(q, tokenizer, valid, m, draw, T, teacher)
+            run.log_validation(step, scores, answers[:1])
+            best = keep_best(model, tokenizer, out, m, cfg.select, scores | {"step": step}, best)
+        run.save(step, best, due=step in eval_steps)
     return runs.finish(out, m, {"updates": updates, "lr": lr, "best": best})
 
 

@@ -24,7 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, check, check_place, flag, run, written_aside
+from config import UserError, check, flag, run
+from safe.files import check_place, written_aside
 from exercises import checker
 
 HERE = Path(__file__).resolve().parent

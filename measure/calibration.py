@@ -21,10 +21,11 @@ import torch
 from tqdm import tqdm
 
 import data
-from config import Machine, UserError, check, check_place, command, flag, machine, run
+from config import Machine, UserError, check, command, flag, machine, run
 from data import Row
 from model import GPT, load
 from safe import runs
+from safe.files import check_place
 from safe.texts import parsed
 from sample import taken
 

@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 import data
-from config import Machine, check, check_place, command, flag, machine, run
+from config import Machine, check, command, flag, machine, run
 from model import GPT, load, same_vocabulary
 from safe import runs
+from safe.files import check_place
 from sample import decoder, follow, room_for_answers, sample, uniforms
 
 

@@ -31,7 +31,8 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
-from config import Stopped, UserError, check, check_place, command, flag, run, write_json
+from config import Stopped, UserError, check, command, flag, run
+from safe.files import check_place, write_json
 from safe.runs import checksum
 from safe.texts import parsed
 

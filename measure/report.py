@@ -22,10 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, check, check_place, command, flag, run, written_aside
+from config import UserError, check, command, flag, run
 from data import HUB_SETS
 from distill import FREE, OBJECTIVES
 from measure.judge import samples
+from safe.files import check_place, written_aside
 from safe.runs import checksum
 
 SETS = tuple(HUB_SETS)

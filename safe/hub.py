@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import UserError, read_json, written_aside
+from config import UserError
+from safe.files import read_json, written_aside
 
 
 def fetch(name: str, file: str, repo_type: str = "model",

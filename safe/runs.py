@@ -17,13 +17,14 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
-from config import (Machine, Stopped, UserError, as_json, clock, command, read_json, write_json,
-                    write_lines, written_aside)
+from config import Machine, Stopped, UserError, command
+from safe.files import as_json, read_json, write_json, write_lines, written_aside
 from safe.hub import read_torch
 
 
@@ -212,6 +213,11 @@ def within_memory(train: Callable, cfg, stop: Stop | None) -> dict:
         cfg = replace(cfg, micro_batch=cfg.micro_batch // 2, resume=True)
 
 
+def clock(seconds: float) -> str:
+    """Returns "0:07:00" or "2 days, 12:00:00"."""
+    return str(timedelta(seconds=round(seconds)))
+
+
 class Progress:
     """Prints how far a stage is, every two seconds at most, and every validation."""
     SHOWN = ("loss", "valid", "rouge_l", "reverse_kl", "reward", "loss_pt", "clip_fraction",
@@ -239,6 +245,34 @@ class Progress:
         for answer in answers or ():
             text = f"{answer['instruction']} {answer['input']} -> {answer['answer']}"
             self.m.say(f"    {' '.join(text.split())[:96]}")
+
+
+class Run:
+    """A stage in training: what it logs and prints, and what it saves and is resumed from."""
+
+    def __init__(self, out: Path, cfg, m: Machine, stop: Stop | None, last: int,
+                 model: torch.nn.Module, optimizer, scaler):
+        self.out, self.m, self.stop = out, m, stop
+        self.trained = (model, optimizer, scaler)
+        self.step, self.best = load_state(out, cfg, *self.trained, m)
+        self.progress = Progress(m, out.name, self.step, last)
+
+    def log(self, line: dict) -> None:
+        log(self.out, self.m, line)
+        self.progress.show(line["step"], line)
+
+    def log_validation(self, step: int, scores: dict, answers: Sequence[dict]) -> None:
+        log(self.out, self.m, {"step": step, "valid": scores})
+        self.progress.show(step, scores, answers)
+
+    def save(self, step: int, best: dict | None, due: bool) -> None:
+        """Saves the state if it is due, or if a signal has come, after which the run ends."""
+        stopped = bool(self.stop and self.stop.asked(self.m))
+        if (due or stopped) and self.m.rank == 0:
+            save_state(self.out, *self.trained, step, best)
+        if stopped:
+            message = f"{self.out}: stopped and saved after update {step}; --resume goes on"
+            self.stop.end(self.m, message)
 
 
 def earlier(path: Path | None, given: dict, m: Machine, own: bool = False) -> dict | None:

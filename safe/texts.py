@@ -17,7 +17,8 @@ import numpy as np
 import tiktoken
 from tiktoken.load import read_file_cached
 
-from config import Machine, UserError, read_json, written_aside
+from config import Machine, UserError
+from safe.files import read_json, written_aside
 from safe.hub import fetch
 
 END = "<|endoftext|>"
@@ -217,3 +218,17 @@ def tokenizer_files(tokenizer: tiktoken.Encoding) -> dict[str, bytes]:
              "model": {"type": "WordLevel", "vocab": vocab, "unk_token": END}}
     return {"tokenizer.json": json.dumps(whole).encode(),
             "tokenizer_config.json": json.dumps(settings).encode()}
+
+
+class Stream:
+    """Prints an answer while it grows. Of a letter that is not yet whole nothing is shown."""
+
+    def __init__(self, tokenizer: tiktoken.Encoding):
+        self.tokenizer, self.shown = tokenizer, 0
+
+    def show(self, answer: list[int]) -> None:
+        end = self.tokenizer.eot_token
+        answer = answer[: answer.index(end)] if end in answer else answer
+        text = self.tokenizer.decode(answer).rstrip("\ufffd")
+        print(text[self.shown :], end="", flush=True)
+        self.shown = len(text)

@@ -21,8 +21,9 @@ import torch
 from conftest import CPU, in_two_processes, refused
 
 import config
-from config import Stopped, UserError, flag, make, parse, read_json, write_json, written_aside
-from safe import hub
+from config import Stopped, UserError, flag, make, parse
+from safe import files, hub, runs
+from safe.files import read_json, write_json, written_aside
 from safe.hub import fetch, read_torch, require
 from safe.runs import Stop, checksum, held, peak_gib
 
@@ -40,7 +41,7 @@ class Config:
 
     def __post_init__(self):
         config.check(self, lr=(0, 1), steps=(1, 10))
-        config.check_place(self, "out")
+        files.check_place(self, "out")
 
 
 def test_flags_are_read_as_their_types():
@@ -301,7 +302,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         raise RuntimeError
     assert json.loads(path.read_text()) == {"n": 1} == read_json(path)
     assert [p.name for p in path.parent.iterdir()] == ["file.json"]
-    config.write_lines(path, [{"a": "ä"}, {}])
+    files.write_lines(path, [{"a": "ä"}, {}])
     assert path.read_text(encoding="utf-8") == '{"a": "ä"}\n{}\n'
     for text in ("{", "[1]", "[]", "3", "null", "[" * 10**5, b"\xff"):
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -316,9 +317,9 @@ def test_infinity_is_a_word_in_json(tmp_path):
         n: int = 3
         name: str | None = None
 
-    write_json(tmp_path / "run.json", config.as_json(Clip()))
+    write_json(tmp_path / "run.json", files.as_json(Clip()))
     assert read_json(tmp_path / "run.json") == {"high": "inf", "low": "-inf", "n": 3, "name": None}
-    assert Clip(float(config.as_json(Clip())["high"])) == Clip()
+    assert Clip(float(files.as_json(Clip())["high"])) == Clip()
     for value in (math.inf, math.nan):
         with pytest.raises(ValueError):
             write_json(tmp_path / "run.json", {"loss": value})
@@ -400,4 +401,4 @@ def test_a_file_of_torch_holds_what_was_saved_and_runs_no_code(zipped, tmp_path)
 
 
 def test_clock():
-    assert [config.clock(s) for s in (4.4, 12_000, 216_000)] == ["0:00:04", "3:20:00", "2 days, 12:00:00"]
+    assert [runs.clock(s) for s in (4.4, 12_000, 216_000)] == ["0:00:04", "3:20:00", "2 days, 12:00:00"]

@@ -9,10 +9,11 @@ import torch
 from conftest import CPU, refused
 
 import data
-from config import UserError, write_json
+from config import UserError
 from data import END, Pieces, Row, load_corpus, load_examples, load_rows, pad_left, pad_right, picks, read_rows
 from model import GPTConfig
 from safe import texts
+from safe.files import write_json
 
 
 def write_rows(path, *rows):

@@ -46,7 +46,7 @@ from distill import (
     whiten,
 )
 from model import load, save
-from safe import runs
+from safe import files, runs
 from sample import decoder, follow, restrict, sample, uniforms
 from tools import plan, stages
 
@@ -679,7 +679,7 @@ def test_three_updates_log_every_metric_and_leave_a_model(distill_config, tmp_pa
 def test_a_run_does_not_go_on_with_what_learns_something_else(distill_config, tmp_path):
     """Other decoders draw the same answers, but those of --decoder=turns are others."""
     out = tmp_path / "run" / "minillm"
-    config.write_json(out / "run.json", runs.made_with(distill_config(decoder="turns")))
+    files.write_json(out / "run.json", runs.made_with(distill_config(decoder="turns")))
     same = dict(micro_batch=1, sample_batch=2, recompute=True, baselines="kd", plan="only", resume=True)
     assert not runs.is_finished(out, distill_config(decoder="turns", **same), distill.FREE)
     for flag, value in (("decoder", "fast"), ("gamma", 0.5), ("seed", 2), ("dtype", "bfloat16")):
@@ -916,7 +916,7 @@ def test_which_models_are_evaluated_and_on_which_rows(distill_config, tmp_path, 
         (tmp_path / "run" / name / "results.json").write_text("{}")
     (tmp_path / "run" / "sft" / "results.json").unlink()
     for given, split in (("tiny", "test"), ("dolly", "test"), ("mine.jsonl", "valid")):
-        table = distill.evaluate_all(distill_config(data=given))
+        table = stages.evaluate(distill_config(data=given))
         assert [row["method"] for row in table] == ["teacher", "init", "kd", "minillm"]
         assert {(cfg.data, cfg.split) for cfg in seen} == {(given, split)}
         seen.clear()

@@ -22,10 +22,11 @@ import distill
 import eval as evaluation
 import sample as sampling
 import teacher as supervised
-from config import UserError, check_place, parse
+from config import UserError, parse
 from measure.report import find
 from model import load, save
 from safe import runs
+from safe.files import check_place
 
 GOOD = {"instruction": "Say hi", "input": "to Anna", "output": "hi Anna"}
 COMMANDS = ["data", "sample", "eval", "teacher", "distill", "measure.exposure", "measure.calibration", "measure.judge",

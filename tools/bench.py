@@ -38,10 +38,11 @@ from torch import Tensor
 import data
 import distill
 import teacher as supervised
-from config import Machine, UserError, check, check_place, flag, machine, run
+from config import Machine, UserError, check, flag, machine, run
 from data import Example, Row
 from eval import rouge_l
 from model import GPT, GPTConfig, is_shape
+from safe.files import check_place
 from safe.runs import peak_gib
 from sample import decoder, uniforms
 from tools.plan import apply_update, seconds

@@ -25,11 +25,12 @@ import data
 import distill
 import sample as sampling
 import teacher as supervised
-from config import Machine, UserError, clock, flag, machine, make, run
+from config import Machine, UserError, flag, machine, make, run
 from config import check as check_ranges
 from data import Example, Row
 from model import GPT, GPTConfig, is_shape, new_config, read_config, same_vocabulary
 from safe import runs, texts
+from safe.runs import clock
 from sample import decoder, uniforms
 from tools import stages
 

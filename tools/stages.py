@@ -1,20 +1,25 @@
-"""The stages of a run: which of them it needs, and with which settings.
+"""The stages of a run: which of them it needs, with which settings, and the table at its end.
 
 Paper:    arXiv 2306.08543v4, Algorithm 1, whose phase 1 is the stage "init", and Section 3.1 with
           the baselines. distill.py runs the stages, and tools/plan.py tells what they take.
 Left out: the search over learning rates of Appendix B.1.
 """
 
+import os
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 import distill
+import eval as evaluation
 import sample as sampling
 import teacher as supervised
-from config import UserError, make
+from config import UserError, machine, make
 from model import is_shape
 from safe import runs
+from safe.files import write_json
 
 # The supervised stages of the built-in world. Rouge-L is chance there, where a reference is one of
 # very many right answers: the last weights are kept, and phase 1's of the lowest loss.
@@ -44,6 +49,12 @@ def is_raw(name: str, role: str, cfg: distill.Config) -> bool:
 
 def stages(cfg: distill.Config) -> Stages:
     """What comes before phase 2 and beside it. Raises UserError for settings that cannot work."""
+    result = os.path.realpath(f"{cfg.out}/minillm")
+    if result in (os.path.realpath(cfg.teacher), os.path.realpath(cfg.student)):
+        raise UserError(f"{result} would overwrite --teacher or --student: give another --out")
+    wanted = cfg.baselines.split(",") if cfg.baselines else []
+    if not set(wanted) <= {"sft", "kd", "seqkd"} or len(wanted) > len(set(wanted)):
+        raise UserError(f"--baselines={cfg.baselines}: give some of sft, kd, seqkd, once each")
     out, tiny = cfg.out, cfg.preset == "tiny"
     same = ("data", "max_prompt_tokens", "max_tokens", "seed", "micro_batch", "sample_batch",
             "recompute", "compile", "resume", "device", "dtype")
@@ -66,7 +77,7 @@ def stages(cfg: distill.Config) -> Stages:
     recipe = dict(model=names["student"], updates=cfg.steps, **TINY_BASELINE)
     recipe = recipe if tiny else dict(model=cfg.student)
     baselines = {}
-    for name in cfg.baselines.split(",") if cfg.baselines else []:
+    for name in wanted:
         more = {"teacher": names["teacher"]} if name == "kd" else {}
         if name == "seqkd":  # other settings write another file
             asked = (names["teacher"], runs.checksum(cfg.teacher), cfg.data,
@@ -81,3 +92,34 @@ def stages(cfg: distill.Config) -> Stages:
             more = {"data": answers.out, "valid_data": cfg.data}
         baselines[name] = training(name, **recipe | more)
     return Stages(teacher, init, answers, baselines, replace(cfg, **names))
+
+
+def evaluate(cfg: distill.Config) -> list[dict]:
+    """Evaluates every model of a run on held-out rows, and writes and prints the table."""
+    m = machine(cfg.device, cfg.dtype)
+    out = Path(cfg.out)
+    models = {"teacher": cfg.teacher, "init": cfg.student}
+    for name in ("sft", "kd", "seqkd", "minillm"):
+        if (out / name / "results.json").is_file():
+            models[name] = str(out / name)
+    split = "valid" if cfg.data.endswith(".jsonl") else "test"  # of a file the held-out rows
+    table = []
+    for method, model in models.items():
+        settings = evaluation.Config(
+            model=model, data=cfg.data, split=split, teacher=cfg.teacher, device=cfg.device,
+            out=f"{out}/test/{method}", max_prompt_tokens=cfg.max_prompt_tokens,
+            max_response_tokens=cfg.response_tokens, sample_batch=cfg.sample_batch,
+            decoder=cfg.one_model_decoder, dtype=cfg.dtype)
+        scores = evaluation.main(settings, own=True)["scores"]
+        spread = {name: float(np.std(x, ddof=1)) for name, x in scores.items() if len(x) > 1}
+        means = {name: float(np.mean(x)) for name, x in scores.items()}
+        table.append({"method": method, **means, "std": spread})
+    if m.rank == 0:
+        write_json(out / "results.json", table)
+    columns = ("valid", "distinct", "rouge_l", "reverse_kl", "forward_kl", "loss", "tokens")
+    columns = [name for name in columns if name in table[0]]
+    m.say(f"\n{'method':10}" + "".join(f"{name:>12}" for name in columns))
+    for row in table:
+        m.say(f"{row['method']:10}" + "".join(f"{row[name]:12.3f}" for name in columns))
+    m.say(f"written to {out / 'results.json'}; the student is {out / 'minillm'}")
+    return table

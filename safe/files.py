@@ -1,0 +1,56 @@
+"""Files are written whole or not at all, and what is no JSON object is named in one line."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+from config import UserError
+
+
+def check_place(cfg, folder: str = "", file: str = "") -> None:
+    """Raises UserError if the path in this field cannot become a folder, or a file."""
+    path = getattr(cfg, folder or file)
+    if path and file and os.path.isdir(path):
+        raise UserError(f"--{file}={path} is a folder: give the name of a file")
+    for parent in Path(path or "", "content" if folder else "").parents:
+        if os.path.lexists(parent) and not parent.is_dir():
+            raise UserError(f"--{folder or file}={path}: {parent} is a file, and no folder")
+
+
+@contextlib.contextmanager
+def written_aside(path: Path):
+    """Yields a temporary path that becomes `path` if the block ends well: whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def as_json(cfg) -> dict:
+    """Returns the settings as a JSON object, in which infinity is the word "inf"."""
+    settings = dataclasses.asdict(cfg).items()
+    return {name: str(x) if x in (math.inf, -math.inf) else x for name, x in settings}
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{path} is not a JSON object: remove it, or fetch it again") from None
+
+
+def write_json(path: Path, value) -> None:
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    with written_aside(path) as aside:
+        aside.write_text(text + "\n", encoding="utf-8")
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    with written_aside(path) as aside, open(aside, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
