@@ -23,8 +23,9 @@ from config import Machine, UserError, check, flag, run
 from model import read_config
 from safe.files import written_aside
 from safe.hub import require
-from safe.texts import (END, fields_of_rows, gpt2_tokenizer, text_files, tokenised, tokenizer_files,
-                        words_of)
+from safe.rows import fields_of_rows, file_of_rows, held_out_rows, is_blank, is_file_of_rows
+from safe.texts import (END, as_sampled, encoded, gpt2_tokenizer, text_files, tokenised,
+                        tokenizer_files, words_of)
 
 # The paper's prompt template, verbatim (it is Alpaca's).
 WITHOUT_INPUT = (
@@ -43,10 +44,11 @@ class Row:
     input: str = ""
     outputs: tuple[str, ...] = ()
     ended: bool = True
+    tokens: tuple[int, ...] | None = None  # of a sampled answer, without its end token
 
     @property
     def prompt_text(self) -> str:
-        template = WITH_INPUT if self.input else WITHOUT_INPUT
+        template = WITHOUT_INPUT if is_blank(self.input) else WITH_INPUT
         return template.format(instruction=self.instruction, input=self.input)
 
 
@@ -69,36 +71,27 @@ HUB_SETS = {"dolly": ("MiniLLM/dolly", "valid.jsonl"),
 
 
 def load_rows(name: str, split: str) -> list[Row]:
-    """The rows of a split of "tiny" (the built-in world), of a set on the hub, or of a .jsonl file.
+    """The rows of a split of "tiny" (the built-in world), of a set on the hub, or of a user's file.
 
-    A file's first tenth, 1,000 rows at most, is "valid" and the rest "train"; "test" is all of it.
+    A tenth of a file, at most 1,000 rows, is "valid" and the rest "train"; "test" is all of it.
     "all" is what may be trained on if another set validates: a whole file, or a set's "train"."""
+    own = is_file_of_rows(name)
     if split == "all":
-        split = "test" if name.endswith(".jsonl") else "train"
+        split = "test" if own else "train"
     if name == "tiny":
         return [Row(asked, input, (said,)) for asked, input, said in world.instructions(split)]
-    path = Path(name)
     if name in HUB_SETS:
         if split != "test" and name != "dolly":
-            raise UserError(f"{name} has only a test split; to train, use dolly, tiny or a .jsonl")
+            raise UserError(f"{name} has only a test split; to train, use dolly, tiny or a file")
         repo, file = HUB_SETS[name]
         path = require(repo, file if split == "test" else "raw.jsonl", "dataset")
-    elif path.suffix != ".jsonl":
-        known = ", ".join(["tiny", *HUB_SETS])
-        raise UserError(f"{name} is not an instruction set: give {known}, or a .jsonl file")
-    rows = read_rows(path)
+    else:
+        path = file_of_rows(name, ["tiny", *HUB_SETS])
+    rows = [Row(*fields) for fields in fields_of_rows(path, own)]
     if split == "test":
         return rows[:10_000] if name == "uinst" else rows  # the paper's number
-    if len(rows) < 2:
-        raise UserError(f"{name}: one row is too few to train on and to validate with")
-    held_out = min(1000, -(-len(rows) // 10))  # 1,000 of Dolly, as in the paper
-    return rows[:held_out] if split == "valid" else rows[held_out:]
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a .jsonl file: `instruction`, perhaps `input`, and `output`, which is a string or
-    a list of references. Raises UserError for a bad row, with its line."""
-    return [Row(*fields) for fields in fields_of_rows(path)]
+    held_out = held_out_rows(name, rows) if own else range(1000)  # 1,000 of Dolly, as in the paper
+    return [row for n, row in enumerate(rows) if (n in held_out) == (split == "valid")]
 
 
 def load_examples(name: str, split: str, tokenizer: tiktoken.Encoding, max_prompt_tokens: int,
@@ -112,6 +105,7 @@ def load_examples(name: str, split: str, tokenizer: tiktoken.Encoding, max_promp
     short = []
     for row, prompt, answer in zip(rows, prompts, answers):
         if len(prompt) <= max_prompt_tokens:
+            answer = as_sampled(tokenizer, row.tokens, row.outputs[0]) or answer
             response = [*answer, tokenizer.eot_token] if row.ended else answer
             short.append(Example(row, prompt, response))
     if split == "test":
@@ -163,10 +157,17 @@ def load_tokenizer(model: str) -> tiktoken.Encoding:
     return tokenizer
 
 
+def same_vocabulary(student: tiktoken.Encoding, teacher: tiktoken.Encoding) -> None:
+    """Raises UserError unless q and p are distributions over the same tokens."""
+    if student._mergeable_ranks != teacher._mergeable_ranks:
+        raise UserError(f"the student has {student.n_vocab:,} tokens and the teacher other "
+                        f"{teacher.n_vocab:,}: distillation needs one vocabulary")
+
+
 def encode(tokenizer: tiktoken.Encoding, texts: list[str]) -> list[list[int]]:
     """The tokens of each text. Text never becomes the end token, not even "<|endoftext|>"."""
     if tokenizer.name != "words":
-        return tokenizer.encode_ordinary_batch(texts)
+        return encoded(tokenizer, texts)
     for text in texts:
         unknown = re.sub(tokenizer._pat_str, "\0", text).strip("\0").split("\0")[0]
         if unknown:
@@ -193,7 +194,7 @@ def save_tokenizer(tokenizer: tiktoken.Encoding, folder: Path) -> None:
 def is_text(name: str) -> bool:
     """Whether a name means plain text and not instructions. A folder called "dolly" does not."""
     known = re.fullmatch(r"tiny-text|openwebtext.*|.*\.txt", name) or Path(name).is_dir()
-    return bool(known) and name not in ("tiny", *HUB_SETS)
+    return bool(known) and name not in ("tiny", *HUB_SETS) and not is_file_of_rows(name)
 
 
 def load_corpus(name: str, tokenizer: tiktoken.Encoding, folder: Path, m: Machine) -> np.ndarray:
@@ -220,8 +221,7 @@ class Pieces(Sequence):
     def __init__(self, corpus: np.ndarray, length: int):
         if len(corpus) < length:
             raise UserError(f"{len(corpus)} tokens of plain text make no piece of {length} tokens")
-        count = len(corpus) // length
-        self.tokens = corpus[: count * length].reshape(count, length)
+        self.tokens = corpus[: len(corpus) // length * length].reshape(-1, length)
 
     def __len__(self) -> int:
         return len(self.tokens)

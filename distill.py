@@ -431,6 +431,7 @@ def distil(cfg: Config, stop: runs.Stop | None = None) -> dict:
     if runs.begin(out, cfg, FREE, m):
         return read_json(out / "results.json")
     tokenizer = data.load_tokenizer(cfg.student)
+    data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher))
     limits = cfg.max_prompt_tokens, cfg.max_tokens
     instructions = data.load_examples(cfg.data, "train", tokenizer, *limits, m.say)
     valid = data.load_examples(cfg.data, "valid", tokenizer, *limits, m.say)
@@ -443,6 +444,7 @@ def distil(cfg: Config, stop: runs.Stop | None = None) -> dict:
     run = runs.Run(out, cfg, m, stop, cfg.steps, student, optimizer, scaler)
     step, best, validated = run.step, run.best, run.best is not None
     collection = cfg.inner_epochs * cfg.rollouts // cfg.minibatch  # updates from the same answers
+    select = supervised.selection(cfg.select, valid, m)
     updates = algorithm_1(student, teacher, instructions, corpus, optimizer, scaler, cfg, m, step)
     while True:
         due = (step - collection) // cfg.eval_every < step // cfg.eval_every or step == cfg.steps
@@ -451,11 +453,11 @@ def distil(cfg: Config, stop: runs.Stop | None = None) -> dict:
                 ready(student, m.dtype), tokenizer, valid, m, draw, cfg.response_tokens, teacher)
             run.log_validation(step, scores, answers[:3])
             scores["step"] = step
-            best = supervised.keep_best(student, tokenizer, out, m, cfg.select, scores, best)
+            best = supervised.keep_best(student, tokenizer, out, m, select, scores, best)
             if m.rank == 0:
                 write_lines(out / "samples.jsonl", answers)
         if step == cfg.steps:
-            return runs.finish(out, m, {"best": best})
+            return run.finish(step, best)
         run.save(step, best, due and not validated)
         for line in islice(updates, collection):
             step = line["step"]

@@ -8,6 +8,7 @@ Shapes:   B answers, b of them together, T response tokens, D width, V vocabular
 Left out: exposure bias, calibration and a judge's marks, which have files of their own in measure/.
 """
 
+import re
 import string
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -25,22 +26,39 @@ import data
 import world
 from config import Machine, UserError, check, command, flag, machine, run
 from data import Example
-from model import GPT, load, same_vocabulary
+from model import GPT, load
 from safe import runs
 from safe.files import check_place
-from sample import decoder, follow, room_for_answers, taken, uniforms
+from sample import decoder, follow, lengths, taken, uniforms
+
+
+class UnicodeWords:
+    """A tokenizer for rouge-score: words in any script, and each Chinese or Japanese letter."""
+
+    def tokenize(self, text: str) -> list[str]:
+        kana_and_han = "\u3040-\u30ff\u3400-\u9fff"
+        return re.findall(rf"[{kana_and_han}]|[^\W_{kana_and_han}]+", text.lower())
 
 
 @cache
-def rouge_scorer():
+def rouge_scorer(words: str):
     from rouge_score.rouge_scorer import RougeScorer
+    if words == "unicode":
+        return RougeScorer(["rougeL"], tokenizer=UnicodeWords())
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
-def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """Rouge-L F1 in percent, Porter-stemmed, the best over the references, as in the paper."""
-    scores = [rouge_scorer().score(reference, answer)["rougeL"] for reference in references]
+def rouge_l(answer: str, references: Sequence[str], words: str = "english") -> float:
+    """Rouge-L F1 in percent, the best over the references. The words are those of the paper's
+    scorer, Porter-stemmed, of a-z and 0-9 alone, or "unicode": words in any script, as they are."""
+    scores = [rouge_scorer(words).score(reference, answer)["rougeL"] for reference in references]
     return 100 * max(score.fmeasure for score in scores)
+
+
+def rouge_sees(examples: Sequence[Example]) -> float:
+    """The percentage of the references' letters and digits that the paper's scorer can see."""
+    letters = [c for e in examples for text in e.row.outputs for c in text.lower() if c.isalnum()]
+    return 100 * sum(c.isascii() for c in letters) / max(1, len(letters))
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
@@ -95,7 +113,8 @@ def without_repeats(n: int) -> Callable:
 
 def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Example], m: Machine,
              draw: Callable, teacher: GPT | None = None, seeds: Sequence[int] = (10,), T: int = 256,
-             forward: bool = False, adjust: Callable | None = None) -> tuple[dict, list[dict]]:
+             forward: bool = False, adjust: Callable | None = None,
+             words: str = "english") -> tuple[dict, list[dict]]:
     """Answers each prompt once for each seed, by at most T tokens, and scores the answers: {metric:
     its mean for each seed}, and the answers. `draw` samples, and the models are ready for it.
 
@@ -126,7 +145,7 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
             if tokenizer.name == "words":
                 right = rollout.ended[n] and world.is_valid(row.instruction, row.input, text)
                 scores["valid"] = 100.0 if right else 0.0
-            scores["rouge_l"] = rouge_l(text, row.outputs)
+            scores["rouge_l"] = rouge_l(text, row.outputs, words)
             scores["exact_match"] = exact_match(text, row.outputs)
             answers.append({"seed": seed, "prompt": i, "instruction": row.instruction,
                             "input": row.input, "references": row.outputs, "answer": text,
@@ -162,6 +181,7 @@ class Config:
     limit: int | None = flag(None, "use the first so many prompts only", 1)
     max_prompt_tokens: int = flag(256, "longer prompts are dropped", 1, 1023)
     max_response_tokens: int | None = flag(None, "longest answer; default at most 256", 1, 1023)
+    rouge: Literal["english", "unicode"] = flag("english", "Rouge-L's words; unicode: any script")
     no_repeat_ngram: int = flag(0, "say no n-gram twice; the released code: 6", 0, 1024)
     sample_batch: int = flag(64, "answers decoded together; changes memory and speed only", 1)
     decoder: Literal["fast", "captured", "plain"] = flag("fast", "captured: steps as CUDA graphs")
@@ -172,8 +192,6 @@ class Config:
     def __post_init__(self):
         check(self)
         check_place(self, "out")
-        if self.no_repeat_ngram == 1:
-            raise UserError("--no_repeat_ngram=1 would let no token be said twice: give 2 or more")
 
 
 def main(cfg: Config, own: bool = False) -> dict:
@@ -184,6 +202,8 @@ def main(cfg: Config, own: bool = False) -> dict:
         return evaluate_sets(cfg, names)
     m = machine(cfg.device, cfg.dtype, cfg.sample_batch)
     tokenizer = data.load_tokenizer(cfg.model)
+    if cfg.teacher:
+        data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher))
     name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
     path = Path(cfg.out) / "results.json" if cfg.out else None
     given = asdict(cfg) | dict.fromkeys(("sample_batch", "decoder", "device"))
@@ -195,17 +215,15 @@ def main(cfg: Config, own: bool = False) -> dict:
     model = ready(load(cfg.model, m.device), m.dtype)
     teacher = ready(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
     both = [model, teacher] if teacher else [model]
-    same_vocabulary(model.config, both[-1].config)
     room = min(g.config.n_positions for g in both)
-    longest = min(cfg.max_prompt_tokens + (cfg.max_response_tokens or 256), room)
-    examples = data.load_examples(name, cfg.split, tokenizer, cfg.max_prompt_tokens, longest, m.say)
-    examples = examples[: cfg.limit]
-    prompts = [example.prompt for example in examples]
-    T = cfg.max_response_tokens or min(room_for_answers(g, prompts) for g in both)
+    longest, T = lengths(room, cfg.max_prompt_tokens, cfg.max_response_tokens)
+    whole = min(longest + T, room)
+    examples = data.load_examples(name, cfg.split, tokenizer, longest, whole, m.say)[: cfg.limit]
     seeds = [10 * (n + 1) for n in range(cfg.seeds)]
     began = time.perf_counter()
     adjust = without_repeats(cfg.no_repeat_ngram) if cfg.no_repeat_ngram else None
-    means, answers = evaluate(model, tokenizer, examples, m, draw, teacher, seeds, T, True, adjust)
+    means, answers = evaluate(model, tokenizer, examples, m, draw, teacher, seeds, T, True, adjust,
+                              cfg.rouge)
     means["loss"] = [held_out_loss(model, examples, m)]
     if cfg.corpus:
         length = min(512, model.config.n_positions)
@@ -214,6 +232,7 @@ def main(cfg: Config, own: bool = False) -> dict:
     results = {"command": command(), "given": given, "data": name, "prompts": len(examples),
                "seeds": seeds, "parameters": model.config.parameters,
                "seconds": time.perf_counter() - began, "peak_gib": runs.peak_gib(m.device),
+               "rouge_sees": 100.0 if cfg.rouge == "unicode" else rouge_sees(examples),
                "scores": means}
     show(results, m)
     return runs.keep(results, path, m, "samples.jsonl", answers)
@@ -240,7 +259,9 @@ def show(results: dict, m: Machine) -> None:
           f"and standard deviation over {len(results['seeds'])} seeds")
     for metric, values in results["scores"].items():
         spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-        m.say(f"  {metric:14}{np.mean(values):9.3f}{spread}")
+        blind = metric == "rouge_l" and results["rouge_sees"] < 50
+        mark = f" (blind: it sees {results['rouge_sees']:.0f}% of the references)" if blind else ""
+        m.say(f"  {metric:14}{np.mean(values):9.3f}{spread}{mark}")
     m.say(f"  took {runs.clock(results['seconds'])} and at most {results['peak_gib']:.1f} GiB, on "
           f"{m.device} in {str(m.dtype)[6:]}")
 

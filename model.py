@@ -285,7 +285,7 @@ def load(name: str, device: torch.device | str = "cpu") -> GPT:
     weights = {}
     for path in weight_files(name):
         for key, tensor in read_weights(path).items():
-            key = re.sub(r"^((_orig_mod|module|transformer)\.)+", "", key)  # of others' trainers
+            key = re.sub(r"^((_orig_mod|model|module|transformer)\.)+", "", key)  # of trainers
             if key.endswith((".attn.bias", ".attn.masked_bias")):  # buffers, not weights
                 continue
             if not tensor.is_floating_point():
@@ -303,13 +303,6 @@ def load(name: str, device: torch.device | str = "cpu") -> GPT:
     if head is not None and not torch.equal(head, model.wte.weight):
         raise UserError(f"{name}: its output, lm_head.weight, is not tied to its input embedding")
     return model.eval()
-
-
-def same_vocabulary(student: GPTConfig, teacher: GPTConfig) -> None:
-    """Raises UserError unless q and p are distributions over equally many tokens."""
-    if teacher.vocab_size != student.vocab_size:
-        raise UserError(f"the teacher has {teacher.vocab_size:,} tokens and the student "
-                        f"{student.vocab_size:,}: distillation needs one vocabulary")
 
 
 def save(model: GPT, folder: Path) -> None:

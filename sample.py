@@ -26,8 +26,9 @@ from torch import Tensor
 import data
 from config import Machine, UserError, check, flag, machine, run
 from data import Row
-from model import GPT, KVCache, load, same_vocabulary
+from model import GPT, KVCache, load, read_config
 from safe.files import check_place, write_lines
+from safe.rows import is_blank
 from safe.texts import Stream
 
 
@@ -197,9 +198,11 @@ def decoder(kind: str) -> tuple[Callable, Callable]:
     return samplers[kind], decode.frozen
 
 
-def room_for_answers(model: GPT, prompts: list[list[int]]) -> int:
-    """The paper's 256 tokens, or as many as fit behind the longest prompt."""
-    return max(1, min(256, model.config.n_positions + 1 - max(map(len, prompts))))
+def lengths(positions: int, max_prompt_tokens: int, answer: int | None) -> tuple[int, int]:
+    """The most tokens of a prompt and of an answer. An answer has the paper's 256, or half of the
+    positions if there are fewer, and a prompt that does not leave this room is dropped."""
+    T = answer or min(256, max(1, positions // 2))
+    return min(max_prompt_tokens, positions + 1 - T), T
 
 
 # ---- command ----------------------------------------------------------------------------------
@@ -244,6 +247,8 @@ class Config:
         check_place(self, file="out")
         if (self.prompt is None) == (self.data is None):
             raise UserError("give one of --prompt and --data")
+        if self.prompt is not None and is_blank(self.prompt):
+            raise UserError("--prompt holds nothing that can be seen: give an instruction")
         if self.input and self.prompt is None:
             raise UserError("--input goes with --prompt")
         if self.out and os.path.realpath(self.out) == os.path.realpath(self.data or ""):
@@ -255,18 +260,22 @@ class Config:
 def main(cfg: Config) -> None:
     m = machine(cfg.device, cfg.dtype, cfg.sample_batch)
     tokenizer = data.load_tokenizer(cfg.model)
+    if cfg.teacher:
+        data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher))
+    room = min(read_config(name).n_positions for name in (cfg.model, cfg.teacher) if name)
     if cfg.data:
-        limits = cfg.max_prompt_tokens, 1024
-        rows = [e.row for e in data.load_examples(cfg.data, cfg.split, tokenizer, *limits, m.say)]
+        longest, T = lengths(room, cfg.max_prompt_tokens, cfg.max_response_tokens)
+        examples = data.load_examples(cfg.data, cfg.split, tokenizer, longest, 1024, m.say)
+        rows = [example.row for example in examples]
     else:
         rows = [Row(cfg.prompt, cfg.input)]
+        asked = len(data.encode(tokenizer, [rows[0].prompt_text])[0])
+        T = cfg.max_response_tokens or max(1, min(256, room + 1 - asked))
     rows = [row for row in rows for _ in range(cfg.samples)]
     prompts = data.encode(tokenizer, [row.prompt_text for row in rows])
     draw, ready = decoder(cfg.decoder)
     model = ready(load(cfg.model, m.device), m.dtype)
     teacher = ready(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
-    if teacher:
-        same_vocabulary(model.config, teacher.config)
     streamed = len(rows) == 1 and not cfg.out and cfg.decoder != "captured"
     restricted = (cfg.temperature, cfg.top_k, cfg.top_p) != (1.0, 0, 1.0)
     stream = Stream(tokenizer)
@@ -280,7 +289,7 @@ def main(cfg: Config) -> None:
 
     began = time.perf_counter()
     mine = list(range(m.rank, len(rows), m.world))
-    uniform = uniforms(cfg.seed, mine, cfg.max_response_tokens or room_for_answers(model, prompts))
+    uniform = uniforms(cfg.seed, mine, T)
     rollout = draw(model, [prompts[i] for i in mine], uniform, m, teacher, cfg.mix_alpha,
                    adjust if streamed or restricted else None)
     seconds = time.perf_counter() - began
@@ -292,13 +301,14 @@ def main(cfg: Config) -> None:
         for i, answer, ended in answers:
             text = data.decode(tokenizer, answer)
             lines.append({"instruction": rows[i].instruction, "input": rows[i].input,
-                          "output": text, "ended": ended, "seed": cfg.seed})
+                          "output": text, "ended": ended, "seed": cfg.seed,
+                          "tokens": answer[:-1] if ended else answer})
             if not cfg.out:
                 print(f"[{i}] {text}")
         if cfg.out:
-            kept = [line for line in lines if line["output"].strip()]
-            write_lines(Path(cfg.out), kept)
-            print(f"{cfg.out}: {len(kept):,} of {len(lines):,} answers; the others are empty")
+            write_lines(Path(cfg.out), lines)
+            empty = sum(not line["output"] for line in lines)
+            print(f"{cfg.out}: {len(lines):,} answers, {empty:,} of them empty")
     m.barrier()
     count = sum(len(answer) for _, answer, _ in answers)
     if m.rank == 0:

@@ -25,9 +25,8 @@ from torch import Tensor
 import data
 from config import Machine, UserError, check, flag, machine, run
 from data import Batch, Example
-from eval import evaluate, held_out_loss
-from model import (GPT, GPTConfig, is_shape, load, new, new_config, read_config, same_vocabulary,
-                   save)
+from eval import evaluate, held_out_loss, rouge_sees
+from model import GPT, GPTConfig, is_shape, load, new, new_config, read_config, save
 from safe import runs
 from safe.files import check_place, read_json
 from sample import decoder, taken
@@ -203,11 +202,21 @@ def validate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
     return scores, answers
 
 
+def selection(select: str, examples: Sequence[Example], m: Machine) -> str:
+    """What picks the weights: the loss instead of a Rouge-L that cannot see the references."""
+    if select != "rouge_l" or (sees := rouge_sees(examples)) >= 50:
+        return select
+    m.say(f"the validation loss picks the weights: Rouge-L, which reads a-z and 0-9 alone, sees "
+          f"{sees:.0f}% of the references' letters")
+    return "loss"
+
+
 def keep_best(model: GPT, tokenizer: tiktoken.Encoding, out: Path, m: Machine, select: str,
               scores: dict, best: dict | None) -> dict:
-    """Saves the model if its validation is the best so far, and returns the best."""
+    """Saves the model unless an earlier validation was better, and returns the best. Of equals the
+    later is kept, which has learned for longer."""
     sign = -1 if select == "loss" else 1
-    if best is not None and select != "last" and sign * scores[select] <= sign * best[select]:
+    if best is not None and select != "last" and sign * scores[select] < sign * best[select]:
         return best
     if m.rank == 0:
         save(model, out)
@@ -233,7 +242,7 @@ def load_data(cfg: Config, tokenizer: tiktoken.Encoding, m: Machine) -> tuple[Se
         return pieces[:split], pieces[split:]
     limits = cfg.max_prompt_tokens, cfg.max_tokens
     judge = cfg.valid_data or cfg.data
-    split = "train" if judge == cfg.data else "all"
+    split = "train" if runs.same(judge, cfg.data) else "all"
     return (data.load_examples(cfg.data, split, tokenizer, *limits, m.say),
             data.load_examples(judge, "valid", tokenizer, *limits, m.say))
 
@@ -251,7 +260,7 @@ def train(cfg: Config, stop: runs.Stop) -> dict:
         raise UserError(f"--max_tokens={cfg.max_tokens} is more than this model's "
                         f"{config.n_positions} positions")
     if cfg.teacher:  # a mistake is told before the data are fetched
-        same_vocabulary(config, read_config(cfg.teacher))
+        data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher))
     examples, valid = load_data(cfg, tokenizer, m)
     model = new(config, cfg.seed).to(m.device) if is_new else load(cfg.model, m.device)
     model = trained(model, cfg.recompute, cfg.compile)
@@ -260,6 +269,7 @@ def train(cfg: Config, stop: runs.Stop) -> dict:
     draw, ready = decoder(cfg.decoder)
     teacher = ready(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
     updates, evals, lr = schedule(cfg, config, len(examples))
+    select = selection(cfg.select, valid, m)
     eval_steps = {round(updates * (n + 1) / evals) for n in range(evals)}
     optimizer, scaler = optimizer_of(model, m, (0.9, 0.999), cfg.weight_decay)
     run = runs.Run(out, cfg, m, stop, updates, model, optimizer, scaler)
@@ -293,7 +303,7 @@ def train(cfg: Config, stop: runs.Stop) -> dict:
             T = cfg.max_tokens - cfg.max_prompt_tokens
             scores, answers = validate(q, tokenizer, valid, m, draw, T, teacher)
             run.log_validation(step, scores, answers[:1])
-            best = keep_best(model, tokenizer, out, m, cfg.select, scores | {"step": step}, best)
+            best = keep_best(model, tokenizer, out, m, select, scores | {"step": step}, best)
         run.save(step, best, due=step in eval_steps)
     return runs.finish(out, m, {"updates": updates, "lr": lr, "best": best})
 

@@ -20,7 +20,7 @@ import data
 import distill
 import teacher as supervised
 from config import UserError, machine, run
-from model import load, same_vocabulary
+from model import load
 from safe import runs
 from sample import decoder, taken
 from tools import stages
@@ -103,12 +103,12 @@ def main(cfg: distill.Config) -> None:
     cfg = with_models(cfg)
     m = machine(cfg.device, cfg.dtype, cfg.sample_batch)
     tokenizer = data.load_tokenizer(cfg.student)
+    data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher))
     limits = (cfg.max_prompt_tokens, cfg.max_tokens)
     instructions = data.load_examples(cfg.data, "train", tokenizer, *limits, m.say)
     student = load(cfg.student, m.device)
     _, ready = decoder(cfg.decoder)
     teacher = ready(load(cfg.teacher, m.device), m.dtype)
-    same_vocabulary(student.config, teacher.config)
 
     # the answers of the first collection, their rewards, and the first minibatch
     rollout = distill.collect(

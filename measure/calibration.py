@@ -25,8 +25,8 @@ from config import Machine, UserError, check, command, flag, machine, run
 from data import Row
 from model import GPT, load
 from safe import runs
-from safe.files import check_place
-from safe.texts import parsed
+from safe.files import check_place, refuse_pointer
+from safe.rows import parsed
 from sample import taken
 
 # ---- tasks ------------------------------------------------------------------------------------
@@ -43,6 +43,7 @@ def read_task(path: Path) -> tuple[str, list[tuple[int, Row, int]]]:
     """The task of a file, recognised by its first line, and its rows: the number of the line, the
     prompt, and the label, 0 or 1."""
     try:
+        refuse_pointer(path)
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None

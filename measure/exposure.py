@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 import data
 from config import Machine, check, command, flag, machine, run
-from model import GPT, load, same_vocabulary
+from model import GPT, load
 from safe import runs
 from safe.files import check_place
-from sample import decoder, follow, room_for_answers, sample, uniforms
+from sample import decoder, follow, lengths, sample, uniforms
 
 
 def errors(student: GPT, teacher: GPT, prompts: Sequence[list[int]], samples: int, T: int,
@@ -91,6 +91,7 @@ class Config:
 
 def main(cfg: Config) -> dict:
     m, tokenizer = machine(cfg.device, cfg.dtype, cfg.sample_batch), data.load_tokenizer(cfg.model)
+    data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher))
     name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
     path = Path(cfg.out) / "exposure.json" if cfg.out else None
     given = asdict(cfg) | dict.fromkeys(("sample_batch", "decoder", "device"))
@@ -100,11 +101,10 @@ def main(cfg: Config) -> dict:
         return results
     draw, ready = decoder(cfg.decoder)
     models = [ready(load(model, m.device), m.dtype) for model in (cfg.model, cfg.teacher)]
-    same_vocabulary(*(model.config for model in models))
     room = min(model.config.n_positions for model in models)
-    examples = data.load_examples(name, cfg.split, tokenizer, cfg.max_prompt_tokens, room, m.say)
+    longest, T = lengths(room, cfg.max_prompt_tokens, cfg.max_response_tokens)
+    examples = data.load_examples(name, cfg.split, tokenizer, longest, room, m.say)
     prompts = [example.prompt for example in examples[: cfg.limit]]
-    T = cfg.max_response_tokens or min(room_for_answers(model, prompts) for model in models)
     totals = errors(*models, prompts, cfg.samples, T, m, cfg.seed, draw)
     R, eps, ex_acc_err = excess(totals)
     N = len(prompts)

@@ -34,7 +34,7 @@ from urllib3.util import Retry
 from config import Stopped, UserError, check, command, flag, run
 from safe.files import check_place, write_json
 from safe.runs import checksum
-from safe.texts import parsed
+from safe.rows import parsed
 
 URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?(/[\w.~%/-]*)?", re.I | re.A)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from config import UserError
 
+POINTER = b"version https://git-lfs.github.com/"  # it begins so
+
 
 def check_place(cfg, folder: str = "", file: str = "") -> None:
     """Raises UserError if the path in this field cannot become a folder, or a file."""
@@ -38,10 +40,19 @@ def as_json(cfg) -> dict:
     return {name: str(x) if x in (math.inf, -math.inf) else x for name, x in settings}
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raises UserError if the file is a Git LFS pointer, which a clone may have in its place."""
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` "
+                            "where it was cloned, or download the file itself")
+
+
 def read_json(path: Path) -> dict:
     try:
         return {**json.loads(path.read_text(encoding="utf-8"))}
     except (ValueError, TypeError, RecursionError):
+        refuse_pointer(path)
         raise UserError(f"{path} is not a JSON object: remove it, or fetch it again") from None
 
 

@@ -4,10 +4,12 @@ A damaged file is named, with what to do, instead of being computed with. Weight
 other trainers come in several forms; read_weights() takes them all and runs no code.
 """
 
+import errno
 import functools
 import hashlib
 import json
 import os
+import pickle
 import re
 import zipfile
 import zlib
@@ -17,7 +19,13 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from safe.files import read_json, written_aside
+from safe.files import read_json, refuse_pointer, written_aside
+
+# what a disk answers where the hub's client cannot write, or lock, a file of its cache
+DISK = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOLCK, errno.ENOTSUP,
+        errno.EOPNOTSUPP)
+# under which trainers keep the weights in a checkpoint, beside the state of the optimizer, say
+WRAPPERS = ("model", "module", "state_dict", "model_state_dict")
 
 
 def fetch(name: str, file: str, repo_type: str = "model",
@@ -47,6 +55,9 @@ def fetch(name: str, file: str, repo_type: str = "model",
         if isinstance(error, errors.EntryNotFoundError):
             if not not_cached or constants.HF_HUB_OFFLINE:
                 return None
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise UserError(f"{name}: {file} cannot be kept in the hub's cache ({error}); set "
+                            "HF_HOME to another folder") from None
         reason = " ".join(str(error.__cause__ or error).split())[:80]
         raise UserError(f"{name}: the hub could not be reached for {file} ({reason}); check the "
                         "network and HF_ENDPOINT, or give a local folder") from None
@@ -101,45 +112,85 @@ def weight_files(name: str) -> list[Path]:
     raise UserError(f"{name} has neither model.safetensors nor pytorch_model.bin, nor their shards")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file. Reading a .bin runs no code. Raises UserError if it is damaged."""
+def tensor_names(path: Path) -> set[str]:
+    """The names of the tensors in a file, which is not read for them."""
     from safetensors import safe_open
+    refuse_pointer(path)
     try:
         if path.suffix != ".safetensors":
-            tensors = read_torch(path)
-            if not all(isinstance(tensor, Tensor) for tensor in tensors.values()) or (
-                    not all(isinstance(key, str) for key in tensors)):
-                raise ValueError("it holds something else than tensors")
-            return tensors
+            return set(read_torch(path))
         with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-            noted = (file.metadata() or {}).get("crc32")  # by write_weights()
-        if noted and int(noted) != crc32(tensors):
-            raise ValueError("its checksum is another")
-        return tensors
+            return set(file.keys())
+    except Exception:  # load() tells what is wrong with it
+        return set()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file. Reading a .bin runs no code. Raises UserError if the file is damaged,
+    or is something else than a table of tensors."""
+    refuse_pointer(path)
+    try:
+        is_safe = path.suffix == ".safetensors"
+        content = read_safetensors(path) if is_safe else read_torch(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # each reader has its own errors for a broken file
+        refused = re.search(r"GLOBAL (\S+)", str(error))  # torch names a class that is no tensor's
+        if isinstance(error, pickle.UnpicklingError) and refused:
+            raise UserError(f"{path} holds {refused[1]}, and reading that could run code: save the "
+                            "model's state_dict() alone") from None
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:80]}"
         raise UserError(f"{path} is damaged: remove it, and fetch it again ({reason})") from None
+    for key in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a table of tensors: save "
+                        "the model's state_dict()")
+    for key, tensor in content.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise UserError(f"{path} holds {key!r} of type {type(tensor).__name__}, where named "
+                            "tensors are expected: save the model's state_dict() alone")
+    return content
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file. A damaged one raises some Exception.
+
+    write_weights() notes checksums of the table of tensors and of their bytes. Others who cast or
+    change tensors may keep these notes, but make another table, whose bytes are not checked."""
+    from safetensors import safe_open
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    with open(path, "rb") as file:
+        table = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        noted = table.pop("__metadata__", {})
+        if noted.get("table") == crc32_of(table):
+            crc = 0
+            while piece := file.read(2**24):
+                crc = zlib.crc32(piece, crc)
+            if noted.get("crc32") != str(crc):
+                raise ValueError("its checksum is another")
+    return tensors
+
+
+def crc32_of(table: dict) -> str:
+    return str(zlib.crc32(json.dumps(table).encode()))
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes float32 tensors as a .safetensors file, with a checksum. The library's own writer
-    copies all of them twice, and puts its metadata in random order: equal weights would not make
-    equal files."""
-    header, end = {"__metadata__": {"crc32": str(crc32(tensors)), "format": "pt"}}, 0
+    """Writes float32 tensors as a .safetensors file, with checksums of its table and of its bytes.
+    The library's own writer copies all tensors twice, and puts its metadata in random order: equal
+    weights would not make equal files."""
+    table, end, crc = {}, 0, 0
     for key, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
-        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
+        table[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        crc = zlib.crc32(tensor.numpy(), crc)
+    noted = {"crc32": str(crc), "table": crc32_of(table), "format": "pt"}
+    text = json.dumps({"__metadata__": noted, **table}).encode()
     text += b" " * (-len(text) % 8)
     with written_aside(path) as aside, open(aside, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             file.write(tensor.numpy())
-
-
-def crc32(tensors: dict[str, Tensor]) -> int:
-    crc = 0
-    for key in sorted(tensors):
-        crc = zlib.crc32(tensors[key].numpy(), crc)
-    return crc

@@ -1,7 +1,7 @@
 """Folders of runs and of results: nothing is lost, mixed up or half-written.
 
 A run in training leaves run.json (its settings and checksums of what it reads), log.jsonl (a line
-an update), state.pt and the state before; when it is finished, results.json stands in their place.
+an update), state.pt and the state before; when it is finished, results.json and the last state.
 A folder of results holds results.json alone, with the settings that made it under "given".
 """
 
@@ -21,11 +21,17 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from config import Machine, Stopped, UserError, command
 from safe.files import as_json, read_json, write_json, write_lines, written_aside
 from safe.hub import read_torch
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+LENGTHS = ("steps", "updates", "epochs")  # what may grow when a finished run goes on
 
 
 class Stop:
@@ -66,14 +72,27 @@ class Stop:
 
 
 def held(folder: Path) -> AbstractContextManager:
-    """Keeps other runs out of a folder until the block, or the process, ends."""
+    """Keeps other runs out of a folder until the block, or the process, ends. Where there are no
+    locks, as on some network file systems, the run goes on, and a line says so."""
     if int(os.environ.get("RANK", 0)) > 0:
         return nullcontext()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = f"{folder}.lock"
     try:
-        return FileLock(f"{folder}.lock").acquire(timeout=0)
-    except Timeout:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "a")
+    except OSError as error:
+        raise UserError(f"--out={folder}: {error.filename or lock} cannot be written "
+                        f"({error.strerror}); choose another --out") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the second is how some file systems say it
+        file.close()
         raise UserError(f"{folder}: another run is writing there; use another --out") from None
+    except (OSError, AttributeError) as error:
+        reason = error.strerror if fcntl else "this system has no flock"
+        print(f"{lock} cannot be locked ({reason}): the run goes on, but nothing keeps a second "
+              "one out of this folder", file=sys.stderr)
+    return file
 
 
 def checksum(name: str | Path | None) -> int | None:
@@ -99,8 +118,27 @@ def made_with(cfg) -> dict:
     return settings
 
 
+def same(old, new) -> bool:
+    """Whether two settings are equal. Two names of one file or folder are, as w/ and ./w."""
+    if isinstance(old, str) and isinstance(new, str):
+        return os.path.realpath(old) == os.path.realpath(new)
+    return old == new
+
+
+def grown(old, new) -> bool:
+    """Whether a number of updates or of epochs is larger than it was."""
+    return isinstance(old, int) and isinstance(new, int) and old < new
+
+
+def to_be_longer(out: Path, cfg) -> bool:
+    """Whether --resume asks for more updates than the run in this folder was made for."""
+    old = read_json(out / "run.json") if (out / "run.json").is_file() else {}
+    return cfg.resume and any(grown(old.get(name), getattr(cfg, name, None)) for name in LENGTHS)
+
+
 def is_finished(out: Path, cfg, free: set[str]) -> bool:
-    """Whether the folder holds a finished run of these settings, the `free` ones aside.
+    """Whether the folder holds a finished run of these settings, the `free` ones aside. With
+    --resume a finished run may go on for more updates; then it is unfinished.
 
     Raises UserError if it holds something else, a run of other flags or files, or an unfinished run
     while --resume is not given."""
@@ -110,10 +148,18 @@ def is_finished(out: Path, cfg, free: set[str]) -> bool:
         raise UserError(f"--out={out} holds results of something else: give another folder")
     if begun:
         old, new = read_json(out / "run.json"), made_with(cfg)
+        longer = to_be_longer(out, cfg)
         for name in new:
-            if name not in free and old.get(name) != new[name]:
-                raise UserError(f"{out} was made with {name}={old.get(name)}, and now it is "
-                                f"{new[name]}: choose another --out, or remove that folder")
+            more = name in LENGTHS and grown(old.get(name), new[name])
+            if name in free or same(old.get(name), new[name]) or (longer and more):
+                continue
+            go_on = "give --resume to go on" if more else "choose another --out"
+            raise UserError(f"{out} was made with {name}={old.get(name)}, and now it is "
+                            f"{new[name]}: {go_on}, or remove that folder")
+        if finished and longer and not (out / "state.pt").is_file():
+            raise UserError(f"{out} cannot go on: its state.pt has been removed; choose another "
+                            "--out")
+        finished = finished and not longer
         if not finished and not cfg.resume:
             raise UserError(f"{out} holds an unfinished run: --resume goes on with it; to begin "
                             "anew remove the folder")
@@ -123,6 +169,9 @@ def is_finished(out: Path, cfg, free: set[str]) -> bool:
 def begin(out: Path, cfg, free: set[str], m: Machine) -> bool:
     """Whether the run of this folder is finished. Raises UserError as is_finished() does."""
     finished = is_finished(out, cfg, free)
+    if to_be_longer(out, cfg):
+        m.say(f"{out}: goes on for more updates; the learning rate, if it changes with their "
+              "number, is from here on that of the longer run")
     m.barrier()  # all processes have looked before one writes
     if finished:
         m.say(f"{out}: finished earlier, kept")
@@ -165,6 +214,7 @@ def load_state(out: Path, cfg, model: torch.nn.Module, optimizer, scaler,
                             f"{other if before.is_file() and path == state else ''}remove {out} to "
                             "begin anew") from None
     if m.rank == 0:
+        (out / "results.json").unlink(missing_ok=True)  # of a run that is to be longer
         write_json(out / "run.json", made_with(cfg) | {"command": command()})
         if (out / "log.jsonl").is_file():
             lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True)
@@ -183,11 +233,10 @@ def step_of(line: bytes) -> float:
 
 
 def finish(out: Path, m: Machine, results: dict) -> dict:
-    """Marks a run as finished, by results.json, and removes its states."""
+    """Marks a run as finished, by results.json. Its last state stays, to make it longer one day."""
     if m.rank == 0:
         write_json(out / "results.json", results)
-        for name in ("state.pt", "state-before.pt"):
-            (out / name).unlink(missing_ok=True)
+        (out / "state-before.pt").unlink(missing_ok=True)
     m.barrier()
     return results
 
@@ -274,6 +323,11 @@ class Run:
             message = f"{self.out}: stopped and saved after update {step}; --resume goes on"
             self.stop.end(self.m, message)
 
+    def finish(self, step: int, best: dict | None) -> dict:
+        if self.m.rank == 0:
+            save_state(self.out, *self.trained, step, best)
+        return finish(self.out, self.m, {"best": best})
+
 
 def earlier(path: Path | None, given: dict, m: Machine, own: bool = False) -> dict | None:
     """The results in this file if they were made with the same settings, weights and data; None
@@ -282,7 +336,8 @@ def earlier(path: Path | None, given: dict, m: Machine, own: bool = False) -> di
         return None
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        if results["given"] == given:
+        old = results["given"]
+        if old.keys() == given.keys() and all(same(old[name], given[name]) for name in given):
             m.say(f"{path}: made earlier, kept")
             return results
     except (ValueError, LookupError, TypeError):  # it is a list, say

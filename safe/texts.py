@@ -1,12 +1,12 @@
-"""Texts in files: a bad row is named, a corpus is tokenised once, another vocabulary is refused.
+"""Plain text and vocabularies in files: a corpus is tokenised once, other vocabularies are refused.
 
-data.py makes examples of what is read here.
+data.py makes examples of what is read here, and of safe/rows.py.
 """
 
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
@@ -18,67 +18,37 @@ import tiktoken
 from tiktoken.load import read_file_cached
 
 from config import Machine, UserError
-from safe.files import read_json, written_aside
+from safe.files import read_json, refuse_pointer, written_aside
 from safe.hub import fetch
 
 END = "<|endoftext|>"
 
 
-# ---- rows of instructions -----------------------------------------------------------------------
+# ---- tokens of texts ----------------------------------------------------------------------------
 
-def fields_of_rows(path: Path) -> list[tuple[str, str, tuple[str, ...], bool]]:
-    """(instruction, input, outputs, whether the answer has ended) of each row of a .jsonl file.
-
-    Raises UserError for a bad row: the file, the line, and what is wrong with it."""
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                rows.append(fields(parsed(line)))
-            except UserError as error:
-                raise UserError(f"{path}:{number}: {error}") from None
-    if not rows:
-        raise UserError(f"{path} holds no rows; one JSON object a line is expected")
-    return rows
+BLANKS = 500_000
+TOO_BLANK = f"over {BLANKS:,} characters of white space in a row, which is no text: remove them"
 
 
-def parsed(line: bytes) -> dict:
-    try:
-        raw = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"not JSON (column {error.colno}: {error.msg}); is the line cut "
-                        "off?") from None
-    except ValueError as error:
-        raise UserError(f"not JSON that can be read ({error})") from None
-    except RecursionError:
-        raise UserError("JSON nested too deeply") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"one JSON object a line is expected, this is a {type(raw).__name__}")
-    return raw
+def blank_run(text: str) -> re.Match | None:
+    """A run of white space so long that the tokenizer could panic, as it does at a million."""
+    return re.search(rf"(?<!\s)\s{{{BLANKS}}}", text) if len(text) >= BLANKS else None
 
 
-def fields(raw: dict) -> tuple[str, str, tuple[str, ...], bool]:
-    for key in ("instruction", "output"):
-        if key not in raw:
-            raise UserError(f'there is no "{key}" (found: {", ".join(raw) or "nothing"})')
-    input = "" if raw.get("input") is None else raw["input"]
-    outputs = raw["output"] if isinstance(raw["output"], list) else [raw["output"]]
-    needed = [("instruction", raw["instruction"])]
-    needed += [("output", output) for output in outputs or [""]]
-    for key, text in [*needed, ("input", input)]:
-        if not isinstance(text, str):
-            raise UserError(f'"{key}" must be a string, not {json.dumps(text)[:40]}')
-        if re.search(r"[\ud800-\udfff]", text):
-            raise UserError(f'"{key}" holds half of a surrogate pair, which is not text')
-        if key != "input" and not text.strip():
-            raise UserError(f'"{key}" is empty')
-    return raw["instruction"], input, tuple(outputs), raw.get("ended") is not False
+def encoded(tokenizer: tiktoken.Encoding, texts: list[str]) -> list[list[int]]:
+    if any(map(blank_run, texts)):
+        raise UserError(f"in a text there are {TOO_BLANK}")
+    return tokenizer.encode_ordinary_batch(texts)
+
+
+def as_sampled(tokenizer: tiktoken.Encoding, tokens: Sequence[int] | None,
+               text: str) -> list[int] | None:
+    """The tokens of a sampled answer if they read as its text in this vocabulary, else None: the
+    text has been edited then, or another vocabulary wrote it."""
+    if tokens is None or not all(0 <= token < tokenizer.eot_token for token in tokens):
+        return None
+    tokens = list(tokens)
+    return tokens if tokenizer.decode(tokens) == text else None
 
 
 # ---- plain text ---------------------------------------------------------------------------------
@@ -96,6 +66,8 @@ def text_files(name: str) -> list[Path]:
     if not files or not all(file.is_file() and file.suffix == ".txt" for file in files):
         raise UserError(f"{name}: there is no such .txt file, nor a folder with .txt files; "
                         "tiny-text and openwebtext are known by name")
+    for file in files:
+        refuse_pointer(file)
     return files
 
 
@@ -129,33 +101,46 @@ def documents(path: Path) -> Iterator[tuple[str, bool]]:
     lie: after a line that is not blank, before one that does not begin with white space."""
     if path.suffix == ".parquet":
         from pyarrow import parquet
+        number = 0
         for batch in parquet.ParquetFile(path).iter_batches(1000, columns=["text"]):
-            yield from ((text, True) for text in batch.column(0).to_pylist() if text)
+            for text in batch.column(0).to_pylist():
+                number += 1
+                if text:
+                    if blank_run(text):
+                        raise UserError(f"{path}, row {number}: there are {TOO_BLANK}")
+                    yield text, True
         return
-    lines, size = [], 0
+    lines, size, first = [], 0, 1  # of the piece, which begins in the line number `first`
     try:
         with open(path, encoding="utf-8-sig") as file:  # \r\n is read as \n
-            for line in file:
+            for number, line in enumerate(file, 1):
                 ends = line.rstrip("\n") == END
                 cut = size > 100_000 and lines[-1].strip() and not line[0].isspace()
                 if lines and (ends or cut):
-                    text = "".join(lines)
+                    text = piece_of(lines, path, first)
                     yield text.removesuffix("\n") if ends else text, ends
                     lines, size = [], 0
                 if not ends:
+                    first = first if lines else number
                     lines.append(line)
                     size += len(line)
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
     if lines:
-        yield "".join(lines), True
+        yield piece_of(lines, path, first), True
+
+
+def piece_of(lines: list[str], path: Path, first: int) -> str:
+    """The lines in one text. Raises UserError if no tokenizer could read it."""
+    text = "".join(lines)
+    run = blank_run(text)
+    if run:
+        number = first + text.count("\n", 0, run.start())
+        raise UserError(f"{path}:{number}: there are {TOO_BLANK}")
+    return text
 
 
 # ---- vocabularies -------------------------------------------------------------------------------
-
-# Some of GPT-2's tokens. GPT-2s of other languages have as many tokens, but not these.
-OF_GPT2 = {"Ġthe": 262, "Ġand": 290, "Ġof": 286, "ing": 278, "ĠEnglish": 3594}
-
 
 def words_of(model: str) -> list[str]:
     """The words that a model's tokenizer.json lists, or none if its vocabulary is GPT-2's, as it is
@@ -171,11 +156,15 @@ def words_of(model: str) -> list[str]:
     vocab = raw.get("vocab") if isinstance(raw, dict) else None
     if not isinstance(vocab, dict):
         raise UserError(f"{path} is damaged: it does not list tokens with their numbers")
-    if OF_GPT2.items() <= vocab.items():
-        return []
-    words = [word for word in vocab if word != END]
-    numbered = all(vocab[word] == i and word.isascii() for i, word in enumerate(words))
-    if raw.get("type") != "WordLevel" or not words or not numbered:
+    if raw.get("type") == "WordLevel":
+        words = [word for word in vocab if word != END]
+        numbered = all(vocab[word] == i and word.isascii() for i, word in enumerate(words))
+        known = bool(words) and numbered
+    else:  # GPT-2s of other languages have as many tokens as the English one
+        words = []
+        gpt2_tokenizer()  # it tells why, if GPT-2's files are out of reach
+        known = json.loads(gpt2_files()["vocab.json"]).items() <= vocab.items()
+    if not known:
         raise UserError(f"{path} is neither GPT-2's vocabulary nor that of a built-in world: text "
                         "can be read and written by these alone")
     return words

@@ -1,6 +1,8 @@
 """Every mistake on the command line ends in one line that says what was given and what to do, with exit code 2."""
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -359,6 +361,41 @@ def test_a_folder_has_one_writer(tmp_path, monkeypatch):
         assert not folder.exists()
 
 
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL], ids=errno.errorcode.get)
+def test_a_run_goes_on_where_nothing_can_be_locked(code, tmp_path, monkeypatch, capsys):
+    """As on some network file systems; on Windows there is no flock at all."""
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with held(tmp_path / "run"), held(tmp_path / "run"):
+        line = f"{tmp_path}/run.lock cannot be locked ({os.strerror(code)}): the run goes on, but nothing keeps"
+        assert capsys.readouterr().err.count(line) == 2
+    monkeypatch.setattr(runs, "fcntl", None)
+    with held(tmp_path / "run"):
+        assert "run.lock cannot be locked (this system has no flock): the run goes on" in capsys.readouterr().err
+
+
+def test_a_lock_that_may_not_be_taken_is_another_run_s(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    refused(lambda: held(tmp_path / "run"), "another run is writing there")
+
+
+def test_a_folder_beside_which_nothing_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "run.lock").mkdir()
+    refused(lambda: held(tmp_path / "run"), f"--out={tmp_path}/run: {tmp_path}/run.lock cannot be written (Is a dir",
+            "choose another --out")
+
+    def read_only(path, *settings, **more):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    refused(lambda: held(tmp_path / "a" / "run"), f"{tmp_path}/a cannot be written (Read-only file system)")
+
+
 def test_a_file_of_a_folder_or_of_the_hub(tmp_path, monkeypatch):
     """tests/test_model.py asks a hub."""
     monkeypatch.chdir(tmp_path)
@@ -381,6 +418,35 @@ def test_a_file_of_the_hubs_cache_is_what_its_name_says(tmp_path):
     hub.intact.cache_clear()
     blob.write_bytes(content[:-1])
     refused(lambda: hub.intact(link), "model.safetensors is damaged", f"remove {blob}")
+
+
+def test_a_cache_of_the_hub_that_cannot_be_written_is_not_the_network(monkeypatch):
+    import huggingface_hub
+
+    def ends_with(error, *words):
+        def download(*name, **settings):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+        refused(lambda: fetch("owner/name", "config.json"), "owner/name: ", *words)
+
+    for code in (errno.ENOLCK, errno.EACCES, errno.EROFS, errno.ENOSPC):
+        error = OSError(code, os.strerror(code), "/cache")
+        ends_with(error, "config.json cannot be kept in the hub's cache", os.strerror(code), "set HF_HOME")
+    for error in (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), OSError("no route")):
+        ends_with(error, "the hub could not be reached for config.json", "check the network")
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    """It is what a clone without Git LFS has in the place of a large file."""
+    path = tmp_path / "config.json"
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n")
+    for read in (read_json, files.refuse_pointer):
+        refused(lambda read=read: read(path), f"{path} is a Git LFS pointer, not the file itself", "`git lfs pull`")
+    for text in ("", "{}", "version https://git-lfs.github.io"):
+        path.write_text(text)
+        files.refuse_pointer(path)
+
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_file_of_torch_holds_what_was_saved_and_runs_no_code(zipped, tmp_path):

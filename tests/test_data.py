@@ -1,6 +1,11 @@
 """Rows, tokens and batches: what public trainers got wrong most often: masks, end tokens, silent truncation."""
 
+import gzip
+import itertools
 import json
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +15,9 @@ from conftest import CPU, refused
 
 import data
 from config import UserError
-from data import END, Pieces, Row, load_corpus, load_examples, load_rows, pad_left, pad_right, picks, read_rows
+from data import END, Pieces, Row, load_corpus, load_examples, load_rows, pad_left, pad_right, picks
 from model import GPTConfig
+from safe import rows as of_rows
 from safe import texts
 from safe.files import write_json
 
@@ -23,6 +29,13 @@ def write_rows(path, *rows):
 
 def row(instruction="Add.", output="3", **more):
     return {"instruction": instruction, "output": output} | more
+
+
+def read_rows(path) -> list[Row]:
+    return load_rows(str(path), "test")
+
+
+SILENT = lambda *words: None
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -39,8 +52,9 @@ def test_the_template_is_the_papers_to_the_letter():
 
 def test_rows_of_every_allowed_kind(tmp_path):
     path = tmp_path / "my.jsonl"
-    lines = [json.dumps(row()), "", json.dumps(row(input=None, extra=[1])), json.dumps(row(output=["3", "three"])),
-             json.dumps(row("naïve 日本", "é", input="x", ended=False))]
+    rows = [row(input=None, extra=[1], ended=None), row(output=["3", "three"]),
+            row("naïve 日本", "é", input="x", ended=False)]
+    lines = [json.dumps(row()), "", *map(json.dumps, rows)]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     assert read_rows(path) == [Row("Add.", "", ("3",)), Row("Add.", "", ("3",)), Row("Add.", "", ("3", "three")),
                                Row("naïve 日本", "x", ("é",), ended=False)]
@@ -64,6 +78,16 @@ def test_rows_of_every_allowed_kind(tmp_path):
     (b'{"instruction": "a", "output": " "}', ['"output" is empty']),
     (b'{"instruction": "\\n", "output": "b"}', ['"instruction" is empty']),
     (b'{"instruction": "\\ud800", "output": "b"}', ["surrogate"]),
+    (b'{"instruction": "a", "output": "b", "ended": "false"}', ['"ended" must be true or false', '"false"']),
+    (b'{"instruction": "a", "output": "b", "ended": 0}', ['"ended" must be true or false', "0"]),
+    (b'{"instruction": "a", "output": "b", "tokens": "5"}', ['"tokens" must be a list of whole numbers']),
+    (b'{"instruction": "a", "output": "b", "tokens": [5, true]}', ['"tokens" must be a list of whole numbers']),
+    (b'{"instruction": "a", "output": "", "tokens": [], "ended": false}', ['"output" is empty']),
+    (b'{"instruction": "a", "output": "b", "output": "c"}', ['"output" is given twice']),
+    (b'{"instruction": "a", "output": "\\u200b \\ufeff"}', ['"output" is empty']),
+    (b'{"prompt": "a", "completion": 3}', ['"completion" must be a string', "3"]),
+    (b'{"prompt": "Below is an instruction that describes a task. ...", "completion": "b"}',
+     ['"prompt" is a template that is filled in already']),
     (b'{"instruction": "\xff", "output": "b"}', ["not UTF-8", "byte 18"]),
     ("{\"instruction\": \"a\"}".encode("utf-16"), ["not UTF-8"]),
     (b"[" * 100_000, ["nested too deeply"]),
@@ -80,15 +104,236 @@ def test_files_that_cannot_be_read(tmp_path):
     refused(lambda: load_rows(str(tmp_path / "absent.jsonl"), "test"), "absent.jsonl", "No such file")
     refused(lambda: load_rows("doly", "test"), "doly is not an instruction set", "dolly", ".jsonl")
     refused(lambda: load_rows("vicuna", "train"), "vicuna has only a test split", "dolly")
-    refused(lambda: load_rows(write_rows(tmp_path / "one.jsonl", row()), "train"), "one row is too few")
-    assert len(load_rows(str(tmp_path / "one.jsonl"), "test")) == 1
+    name = str(tmp_path / "one.jsonl")
+    for rows in ([row()], [row(output=str(n)) for n in range(30)], [row("Add. "), row("add.", input="\n")]):
+        write_rows(tmp_path / "one.jsonl", *rows)
+        for split in ("train", "valid"):
+            refused(lambda split=split: load_rows(name, split), f"{name}: rows of one prompt", "--valid_data")
+        assert len(load_rows(name, "test")) == len(load_rows(name, "all")) == len(rows)
 
+
+# ---- keys -----------------------------------------------------------------------------------------------------------
+
+def misspellings(word: str) -> set[str]:
+    """A letter left out, doubled or changed, another case, and white space."""
+    wrong = {word.upper(), word.title(), f" {word}", f"{word}s", f"{word} "}
+    for n, letter in enumerate(word):
+        wrong |= {word[:n] + word[n + 1 :], word[:n] + letter + word[n:], word[:n] + "x" + word[n + 1 :]}
+    return wrong - {word}
+
+
+def test_a_misspelt_key_is_an_error_that_names_the_right_one(tmp_path):
+    """It would be passed over: the input above all, without which a row still looks whole."""
+    tried = 0
+    for word, value in (("instruction", "x"), ("input", "x"), ("context", "x"), ("output", "x"), ("response", "x"),
+                        ("completion", "x"), ("answer", "x"), ("ended", False), ("tokens", [1])):
+        for wrong in misspellings(word):
+            name = write_rows(tmp_path / "my.jsonl", row(), row() | {wrong: value})
+            told = refused(lambda name=name: read_rows(name), f"{name}:2: ", f'unknown key "{wrong}": did you mean "')
+            assert f'"{word}"?' in told or word in ("input", "output"), told  # "inputs" and "outputs" have both near
+            tried += 1
+    assert tried > 200
+
+
+def test_other_spellings_are_read_and_said_aloud_once(tmp_path, capsys):
+    for number, (asked, given, said) in enumerate(itertools.product(*of_rows.SPELLINGS.values())):
+        rows = {asked: "Add.", given: "1 2", said: "3"}, {asked: "Add.", said: "4"}
+        name = write_rows(tmp_path / f"{number}.jsonl", *rows)
+        for _ in range(2):
+            assert read_rows(name) == [Row("Add.", "1 2", ("3",)), Row("Add.", "", ("4",))]
+        printed = capsys.readouterr().out
+        for key, ours in ((asked, "instruction"), (given, "input"), (said, "output")):
+            assert printed.count(f'"{key}" is read as "{ours}"') == (key != ours)
+        aloud = [asked, given, said] != list(of_rows.SPELLINGS)
+        assert printed.count("\n") == printed.count(f"data {name}: ") == aloud
+    assert number == 23
+
+
+def test_two_texts_for_one_field_are_not_silently_one(tmp_path):
+    path = tmp_path / "my.jsonl"
+    for more, words in (({"response": "4"}, ['"output" and "response" both hold the output', "join them"]),
+                        ({"context": "a", "input": "b"}, ['"input" and "context" both hold the input']),
+                        ({"prompt": "Add. 1 2"}, ['"instruction" and "prompt" both hold the instruction'])):
+        write_rows(path, row() | more)
+        refused(lambda: read_rows(path), f"{path}:1: ", *words)
+    for more in ({"response": "3"}, {"response": ""}, {"context": None, "input": ""}, {"question": "Add."}):
+        write_rows(path, row() | more)
+        assert read_rows(path) == [Row("Add.", "", ("3",))]
+    write_rows(path, row(input="", context="1 2"))
+    assert read_rows(path) == [Row("Add.", "1 2", ("3",))]
+
+
+@pytest.mark.parametrize("key, value", [
+    ("system", "Be brief."), ("history", [["Hi.", "Hello."]]), ("messages", [{"role": "user", "content": "Hi."}]),
+    ("explanation", "1 + 2"), ("hint", {"a": 1}), ("text", "Add. 3"), ("references", ["3"])])
+def test_a_key_whose_text_would_be_lost_is_an_error(key, value, tmp_path):
+    path = tmp_path / "my.jsonl"
+    write_rows(path, row(), row() | {key: value})
+    refused(lambda: read_rows(path), f'{path}:2: unknown key "{key}", whose text would be lost', "remove the key")
+    write_rows(path, row() | {key: type(value)()})  # nothing is lost
+    assert read_rows(path) == [Row("Add.", "", ("3",))]
+
+
+def test_what_tells_about_a_row_is_passed_over_aloud(tmp_path, capsys, monkeypatch):
+    more = {"id": 5, "Category": "sums", "task_id": "a/1", "difficulty": 0.5, "embedding": [0.1, 0.2],
+            "prompt": Row("Add.").prompt_text, "text": Row("Add.").prompt_text + "3", "seed": 1}
+    name = write_rows(tmp_path / "my.jsonl", *(row() | more for _ in range(3)))
+    for _ in range(2):
+        assert read_rows(name) == 3 * [Row("Add.", "", ("3",))]
+    passed_over = ", ".join(f'"{key}"' for key in more if key != "seed")
+    assert capsys.readouterr().out == f"data {name}: not read: {passed_over}\n"
+    monkeypatch.setenv("RANK", "1")  # of several processes one speaks
+    read_rows(write_rows(tmp_path / "other.jsonl", row() | more))
+    assert capsys.readouterr().out == ""
+
+
+def test_of_a_set_on_the_hub_the_papers_keys_are_read(tmp_path, monkeypatch, capsys):
+    more = {"prompt": "a template of theirs", "constraints": "None.", "inputt": "x"}
+    write_rows(tmp_path / "valid.jsonl", row() | more)
+    monkeypatch.setattr(data, "require", lambda repo, file, kind: tmp_path / Path(file).name)
+    assert load_rows("uinst", "test") == [Row("Add.", "", ("3",))] and capsys.readouterr().out == ""
+
+
+BLANKS = [" ", "\t", "\n", "\r\n", "\u00a0", "\u2028", "\u3000", "\u200b", "\ufeff", "\u2060", "\x00", "\x1c", "\x85"]
+
+
+def test_an_input_of_which_nothing_can_be_seen_is_none(tmp_path):
+    """An empty `### Input:` would be a prompt that the model knows from nowhere."""
+    chance = random.Random(0)
+    for blank in (*BLANKS, *("".join(chance.choices(BLANKS, k=5)) for _ in range(100))):
+        assert Row("Add.", blank).prompt_text == Row("Add.").prompt_text  # as by sample.py --input
+        name = write_rows(tmp_path / "my.jsonl", row(input=blank))
+        assert read_rows(name)[0].prompt_text == Row("Add.").prompt_text
+        assert "### Input:\nx" in Row("Add.", f"x{blank}").prompt_text
+        for field in ("instruction", "output"):
+            write_rows(tmp_path / "my.jsonl", row() | {field: blank})
+            refused(lambda name=name: read_rows(name), f'{name}:1: "{field}" is empty')
+
+
+# ---- kinds of files -------------------------------------------------------------------------------------------------
+
+def in_every_form(folder, rows: list[dict]) -> list[str]:
+    """Files of the same rows, of each kind that is read."""
+    lines, array = "".join(json.dumps(row) + "\n" for row in rows), json.dumps(rows, indent=1)
+    contents = {"a.jsonl": lines, "b.json": array, "c.json": lines, "d.jsonl": json.dumps(rows), "E.JSONL": lines,
+                "f.jsonl.gz": gzip.compress(lines.encode()), "g.json.gz": gzip.compress(array.encode()),
+                "h.jsonl": gzip.compress(lines.encode()), "i.jsonl.gz": lines, "j.json": f"\ufeff\r\n {array}"}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return [str(folder / name) for name in contents]
+
+
+def test_one_file_in_every_form_has_the_same_rows(tmp_path, gpt2):
+    rows = [row(f"Add {n}.", f"é\r\n{n}", input="\u2028 x") for n in range(30)]
+    for name in in_every_form(tmp_path, rows):
+        assert of_rows.is_file_of_rows(name) and not data.is_text(name)
+        assert read_rows(name) == [Row(r["instruction"], r["input"], (r["output"],)) for r in rows], name
+        assert len(load_rows(name, "valid")) == 3 and len(load_rows(name, "all")) == 30
+    assert len(load_examples(name, "train", gpt2, 256, 512, SILENT)) == 27
+
+
+def test_rows_in_parquet(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow", reason="an optional package")
+    from pyarrow import parquet
+    path = tmp_path / "k=1" / "my.parquet"
+    path.parent.mkdir()
+    rows = [row(input=None, ended=True, tokens=[18]), row(output="4", input="x", ended=None, tokens=None)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert read_rows(path) == [Row("Add.", "", ("3",), True, (18,)), Row("Add.", "x", ("4",))]
+    parquet.write_table(pyarrow.Table.from_pylist([row(), row(output=None)]), path)
+    refused(lambda: read_rows(path), f'{path}, row 2: "output" must be a string, not null')
+    parquet.write_table(pyarrow.table({"instruction": ["a"], "output": [b"b"]}), path)
+    refused(lambda: read_rows(path), f'{path}, row 1: "output" must be a string')
+    path.write_bytes(b"PAR1 and no more")
+    refused(lambda: read_rows(path), f"{path}: ")
+    refused(lambda: read_rows(tmp_path / "absent.parquet"), "absent.parquet: ", "No such file")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refused(lambda: read_rows(path), f"{path} is read by pyarrow: `pip install pyarrow`")
+
+
+def test_a_bad_row_of_an_array_is_named(tmp_path):
+    path = tmp_path / "my.json"
+    for content, words in ((json.dumps([row(), {"output": "b"}]), [f'{path}, row 2: there is no "instruction"']),
+                           (json.dumps([row(), 3]), [f"{path}, row 2: one JSON object a row", "int"]),
+                           (json.dumps([row()], indent=1)[:-1] + ",", [f"{path}: line 6: not JSON"]),
+                           ("[\n", [f"{path}: line 2: not JSON"]), ("[]", [f"{path} holds no rows"]),
+                           ('[\n{"a": "', [f"{path}: line 2: not JSON (column 7"]),
+                           ("[" * 100_000, ["nested too deeply"])):
+        path.write_text(content)
+        refused(lambda: read_rows(path), *words)
+    path.write_bytes(b'[{"instruction":\n"\xff"}]')
+    refused(lambda: read_rows(path), f"{path}: line 2: not UTF-8 (byte 2 of the line)")
+    path.write_text(json.dumps(row(), indent=1))
+    refused(lambda: read_rows(path), f"{path}: a row is one line", f"jq -c . {path} > rows.jsonl")
+
+
+def test_a_packed_file_that_is_damaged(tmp_path):
+    whole, path = gzip.compress(json.dumps(row()).encode()), tmp_path / "my.jsonl.gz"
+    for content in (whole[:-9], whole[:20], whole[:30] + b"\xff\xff\xff" + whole[33:], b"\x1f\x8b"):
+        path.write_bytes(content)
+        refused(lambda: read_rows(path), f"{path}: ")
+
+
+def test_a_table_is_refused_with_the_line_that_makes_rows_of_it(tmp_path):
+    for ending, comma in (("csv", ","), ("tsv", "\t")):
+        path = tmp_path / f"my table.{ending}"
+        lines = [("instruction", "output"), ("Add.", '"3\r\n4"'), ("Naïve?", '"a, ""b"""')]
+        path.write_bytes(("\ufeff" + "\r\n".join(comma.join(line) for line in lines)).encode())
+        told = refused(lambda path=path: read_rows(path), f"{path} is a table", "my table.jsonl")
+        line = told.split("rows of it: ")[1].replace("python", sys.executable, 1)
+        subprocess.run(line, shell=True, check=True)
+        assert read_rows(tmp_path / "my table.jsonl") == [Row("Add.", "", ("3\r\n4",)), Row("Naïve?", "", ('a, "b"',))]
+
+
+def test_what_is_no_file_of_rows(tmp_path):
+    for name in ("doly", "my.xlsx", "my.jsonl.zip", "my", "my.csv.gz"):
+        refused(lambda name=name: load_rows(name, "train"), f"{name} is not an instruction set", "dolly", ".json.gz")
+    refused(lambda: load_rows(str(tmp_path), "train"), f"{tmp_path} is a folder", "one file of rows")
+    assert not data.is_text("openwebtext.jsonl") and data.is_text("openwebtext:2")
+
+
+# ---- splits ---------------------------------------------------------------------------------------------------------
 
 def test_splits_of_a_file_of_ones_own(tmp_path):
     name = write_rows(tmp_path / "my.jsonl", *(row(f"{n}.") for n in range(25)))
     train, valid, test, whole = (load_rows(name, split) for split in ("train", "valid", "test", "all"))
-    assert [r.instruction for r in valid] == ["0.", "1.", "2."] and train == test[3:]
+    assert len(valid) == 3 and [r for r in test if r not in valid] == train
     assert whole == test and len(test) == 25 and load_rows("tiny", "all") == load_rows("tiny", "train")
+
+
+def test_the_held_out_rows_are_a_tenth_whatever_their_order(tmp_path):
+    """Of files of any size and order, with doubles: prompts are on one side, and neither side is empty."""
+    chance, path = random.Random(0), tmp_path / "my.jsonl"
+    for _ in range(150):
+        prompts = [f"Add {n}." for n in range(chance.randrange(2, 40))]
+        picked = prompts[:2] + chance.choices(prompts, k=chance.randrange(60))
+        written = lambda prompt: chance.choice([prompt, prompt.upper(), f"{prompt} ", prompt.replace(" ", "\u00a0")])
+        rows = [row(written(prompt), str(n)) for n, prompt in enumerate(picked)]
+        splits = []
+        for _ in range(2):
+            write_rows(path, *rows)
+            splits.append([{r.outputs[0] for r in load_rows(str(path), split)} for split in ("train", "valid")])
+            chance.shuffle(rows)
+        (train, valid), other_order = splits
+        assert [train, valid] == other_order and train and valid
+        assert not train & valid and len(train | valid) == len(rows)
+        assert not {picked[int(n)] for n in train} & {picked[int(n)] for n in valid}
+        fewest = min(map(picked.count, set(picked)))
+        assert len(valid) <= max(-(-len(rows) // 10), fewest)
+        if len(set(picked)) == len(picked):
+            assert len(valid) == -(-len(rows) // 10)
+
+
+def test_every_task_of_a_sorted_file_is_held_out(tmp_path):
+    tasks = ("Add", "Sort", "Name", "Tell")
+    name = write_rows(tmp_path / "my.jsonl", *(row(f"{task} {n}.") for task in tasks for n in range(200)))
+    held_out = [r.instruction.split()[0] for r in load_rows(name, "valid")]
+    assert len(held_out) == 80 and all(8 < held_out.count(task) < 40 for task in tasks)
+
+
+def test_at_most_a_thousand_rows_are_held_out(tmp_path):
+    name = write_rows(tmp_path / "my.jsonl", *(row(f"{n}.") for n in range(10_500)))
+    assert len(load_rows(name, "valid")) == 1000 and len(load_rows(name, "train")) == 9500
 
 
 def test_dollys_split_is_the_papers(tmp_path, monkeypatch):
@@ -118,7 +363,8 @@ def test_long_prompts_and_samples_are_dropped_and_counted_aloud(tmp_path, gpt2):
     dropped = "dropped 1 with a prompt over 256 tokens and {} over 512 in all"
     assert said == [f"data {name} test: 3 rows; " + dropped.format(0)]
     assert [len(e.prompt) + len(e.response) for e in kept][1] == 512  # a reference is cut, not dropped
-    write_rows(tmp_path / "my.jsonl", *[row()] * 30, long_prompt, long_answer)
+    rows = [row(f"Add {n}.") for n in range(30)]
+    write_rows(tmp_path / "my.jsonl", *rows, long_prompt, long_answer)
     said.clear()
     load_examples(name, "train", gpt2, 256, 512, said.append)
     assert said == [f"data {name} train: 26 rows; " + dropped.format(1)]
@@ -130,6 +376,65 @@ def test_the_end_token_ends_a_response_unless_it_was_cut_off(tmp_path, gpt2):
     whole, cut = load_examples(name, "test", gpt2, 256, 512, lambda *words: None)
     assert whole.response == [18, gpt2.eot_token] and cut.response == [18]
     assert gpt2.eot_token not in whole.prompt
+
+
+def test_the_tokens_of_a_sampled_answer_are_kept(tmp_path, gpt2):
+    """Any tokens: text would make others of them, and U+FFFD where a character is cut."""
+    chance, name = random.Random(0), str(tmp_path / "my.jsonl")
+    cut, ours = gpt2.encode_ordinary("日")[:1], gpt2.encode_ordinary("an answer")
+    answers = [cut, [*ours, *cut], [], [198], [220, 220], [201, 198], gpt2.encode_ordinary("\u2028\x85"), [0],
+               [gpt2.eot_token - 1], *gpt2.encode_ordinary_batch([" ", "a b", "\r\n"]),
+               *([chance.randrange(gpt2.eot_token) for _ in range(chance.randrange(1, 30))] for _ in range(300))]
+    answers = [(tokens, ended) for tokens in answers for ended in (True, False) if tokens or ended]
+    write_rows(tmp_path / "my.jsonl", *(row(output=gpt2.decode(tokens), tokens=tokens, ended=ended)
+                                        for tokens, ended in answers))
+    examples = load_examples(name, "test", gpt2, 256, 512, SILENT)
+    assert [e.response for e in examples] == [tokens + [gpt2.eot_token] * ended for tokens, ended in answers]
+    assert sum(gpt2.encode_ordinary(gpt2.decode(tokens)) != tokens for tokens, _ in answers) > 200
+
+
+def test_tokens_that_do_not_read_as_the_text_are_not_used(tmp_path, gpt2):
+    name, ours, end = str(tmp_path / "my.jsonl"), gpt2.encode_ordinary("an answer"), gpt2.eot_token
+    for tokens in (ours[:-1], [*ours, end], [-1], [end + 1], [2**70], [], ours[::-1]):
+        write_rows(tmp_path / "my.jsonl", row(output="an answer", tokens=tokens))
+        (example,) = load_examples(name, "test", gpt2, 256, 512, SILENT)
+        assert example.response == [*ours, end], tokens
+    write_rows(tmp_path / "my.jsonl", {"instruction": "Tell about the cat", "output": "Anna", "tokens": ours})
+    (example,) = load_examples(name, "test", data.world_tokenizer(), 256, 512, SILENT)
+    assert data.decode(data.world_tokenizer(), example.response) == "Anna"
+
+
+RUN = 10**6  # characters of white space, at which the tokenizer panics
+
+
+@pytest.mark.parametrize("run", [" " * RUN, "\n" * RUN, "\u00a0 \t\n" * (RUN // 4)])
+def test_a_million_blanks_are_named_by_file_and_row(run, tmp_path, gpt2):
+    for name in in_every_form(tmp_path, [row(), row(output=f"a{run}b")])[:2]:
+        place = f"{name}:2" if name.endswith("jsonl") else f"{name}, row 2"
+        refused(lambda name=name: read_rows(name), f'{place}: in "output" there are over 500,000 characters of white')
+    for field in ("instruction", "input"):
+        write_rows(tmp_path / "my.jsonl", row(**{field: f"a{run}b"}))
+        refused(lambda: read_rows(tmp_path / "my.jsonl"), f'my.jsonl:1: in "{field}" there are')
+    refused(lambda: data.encode(gpt2, ["a", f"a{run}b"]), "in a text there are over 500,000")
+    path = _write(tmp_path / "my.txt", f"one\n{END}\n{END}\ntwo\nthree{run}four\n{END}\nfive")
+    refused(lambda: load_corpus(str(path), gpt2, tmp_path, CPU), f"{path}:5: there are over 500,000", "remove them")
+    assert not list(tmp_path.glob("my-*"))
+    path = _write(tmp_path / "end.txt", f"one\n\ntwo{run}")
+    refused(lambda: load_corpus(str(path), gpt2, tmp_path, CPU), f"{path}:3: there are")
+
+
+def test_a_million_blanks_in_parquet(tmp_path, gpt2, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow", reason="an optional package")
+    from pyarrow import parquet
+    parquet.write_table(pyarrow.table({"text": ["one", "", f"a{' ' * RUN}b"]}), tmp_path / "0000.parquet")
+    monkeypatch.setattr(data, "require", lambda *where: tmp_path / "0000.parquet")
+    refused(lambda: load_corpus("openwebtext", gpt2, tmp_path, CPU), "0000.parquet, row 3: there are over 500,000")
+
+
+def test_fewer_blanks_are_tokenised(gpt2):
+    for blank in " \n":
+        (tokens,) = data.encode(gpt2, [f"a{blank * (texts.BLANKS - 1)}b"])
+        assert gpt2.decode(tokens) == f"a{blank * (texts.BLANKS - 1)}b"
 
 
 def test_text_never_becomes_the_end_token(gpt2):
@@ -202,6 +507,13 @@ def test_a_gpt2_of_another_language_is_refused(file, content, on_the_hub, tmp_pa
         monkeypatch.setattr(texts, "fetch", lambda name, file: {"some/gpt2": there}[name].get(file))
         name = "some/gpt2"
     refused(lambda: data.load_tokenizer(name), f"{file} is neither GPT-2's vocabulary nor")
+
+
+def test_two_vocabularies_of_one_size_are_two():
+    words = [data.world_tokenizer().decode([n]) for n in range(data.world_tokenizer().n_vocab - 1)]
+    data.same_vocabulary(data.world_tokenizer(), data.word_tokenizer(words))
+    refused(lambda: data.same_vocabulary(data.world_tokenizer(), data.word_tokenizer(words[::-1])),
+            "the student has 90 tokens and the teacher other 90", "one vocabulary")
 
 
 def test_gpt2s_vocabulary_is_known_in_either_form(tmp_path, gpt2, monkeypatch):

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, interrupt_after, lines, random_gpt, refused, weights
+from safetensors.torch import save_file
 
 import config
 import data
@@ -260,7 +261,7 @@ def test_settings_that_cannot_work():
     refused(lambda: Config(rollouts=100), "--rollouts=100 is not a multiple of --minibatch=64")
     refused(lambda: Config(max_tokens=16), "--max_tokens=16 is out of range", "between 17 and 1024")
     for names in ("sft,dpo", "sft,sft"):
-        refused(lambda names=names: Config(baselines=names), f"--baselines={names}", "once each")
+        refused(lambda names=names: stages.stages(Config(baselines=names)), f"--baselines={names}", "once each")
     refused(lambda: Config(mix_alpha=1.5), "--mix_alpha=1.5 is out of range")
     refused(lambda: Config(clip_eps=-1.0), "--clip_eps=-1.0 is out of range")
     of = lambda **given: lambda: make(Config, given, distill.presets)
@@ -274,16 +275,37 @@ def test_settings_that_cannot_work():
     itself = make(Config, dict(teacher="out/x/teacher", finetune="teacher", out="out/x"), distill.presets)
     refused(lambda: stages.stages(itself), "--model=out/x/teacher would be overwritten by its own result")
     for role in ("teacher", "student"):
-        refused(of(**{role: "out/x/../y/minillm"}, out="out/y"), "would overwrite --teacher or --student", "--out")
+        cfg = make(Config, {role: "out/x/../y/minillm", "out": "out/y"}, distill.presets)
+        refused(lambda cfg=cfg: stages.stages(cfg), "would overwrite --teacher or --student", "--out")
 
 
-def test_which_models_are_raw():
-    names = ("gpt2-xl", "openai-community/gpt2", "4x4x128", "models/gpt2", "MiniLLM/teacher-gpt2-1.5B", "out/x/teacher")
-    raw = [stages.is_raw(name, "teacher", Config()) for name in names]
-    assert raw == [True, True, True, True, False, False]
+def test_which_models_are_fine_tuned_first(tmp_path, tiny_models, monkeypatch):
+    """By what they are, whatever their folders are called; and a line says why, and which flag turns it."""
+    monkeypatch.chdir(tmp_path)
+    save(random_gpt(), Path("gpt2"))  # saved by a trainer, under the name of a released model
+    save(random_gpt(), Path("text"))
+    Path("text/run.json").write_text('{"data": "mine.txt"}')
+    save(random_gpt(), Path("dolly"))
+    Path("dolly/run.json").write_text('{"data": "dolly"}')
+    hub = Path("models--openai-community--gpt2-xl/snapshots/15ea56dee5df4983c59b2538573817e1667135e2")
+    mine = Path("models--me--gpt2-mine/snapshots/15ea56dee5df4983c59b2538573817e1667135e2")
+    for folder in (Path("base"), Path("pickled"), hub, mine):
+        save(random_gpt(), folder)
+    released = {key.removeprefix("transformer."): tensor for key, tensor in weights("base").items()}
+    save_file(released, "base/model.safetensors")
+    Path("pickled/model.safetensors").unlink()
+    torch.save(released, "pickled/pytorch_model.bin")
+    raw = {"gpt2-xl": "on the hub is as released", "openai-community/gpt2": "as released", "4x4x128": "it is new",
+           "base": "names of those released", "pickled": "names of those released", "text": "learned mine.txt",
+           str(hub): "openai-community/gpt2-xl on the hub is as released"}
+    learned = {"MiniLLM/teacher-gpt2-1.5B": "not as released", "gpt2": "by a trainer", "dolly": "learned dolly",
+               tiny_models["teacher"]: "by a trainer", str(mine): "me/gpt2-mine on the hub is not as released"}
+    for name, why in (raw | learned).items():
+        first, line = stages.is_raw(name, "teacher", Config())
+        assert first == (name in raw) and why in line and "--finetune=" in line, name
     for finetune, asked in (("both", True), ("teacher", True), ("student", False), ("none", False)):
         cfg = Config(finetune=finetune)
-        assert stages.is_raw("out/x", "teacher", cfg) == stages.is_raw("gpt2", "teacher", cfg) == asked
+        assert stages.is_raw("dolly", "teacher", cfg)[0] == stages.is_raw("base", "teacher", cfg)[0] == asked
 
 
 # ---- an update of Algorithm 1 against its equations -----------------------------------------------------------------
@@ -673,7 +695,7 @@ def test_three_updates_log_every_metric_and_leave_a_model(distill_config, tmp_pa
     assert log[1]["logp_gap"] < 1e-5 < log[2]["logp_gap"] and log[1]["sample_seconds"] > 0 == log[2]["sample_seconds"]
     assert log[1]["weight_mean"] == pytest.approx(1, abs=0.2)
     assert results["best"]["step"] == 3 and json.loads((out / "run.json").read_text())["steps"] == 3
-    assert len((out / "samples.jsonl").read_text().splitlines()) == 6 and not (out / "state.pt").exists()
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 6
 
 
 def test_a_run_does_not_go_on_with_what_learns_something_else(distill_config, tmp_path):
@@ -762,7 +784,7 @@ def same_losses(one: list[dict], two: list[dict]) -> None:
 @pytest.mark.parametrize("decoder", ["fast", "turns"])
 def test_several_processes_do_what_one_does(decoder, tiny_models, tmp_path, capfd, monkeypatch):
     """The same global batch over gloo, in one, two and four processes, accumulated one, two and more times."""
-    monkeypatch.setattr(distill.evaluation, "Config", partial(distill.evaluation.Config, seeds=1))
+    monkeypatch.setattr(stages.evaluation, "Config", partial(stages.evaluation.Config, seeds=1))
     fork = multiprocessing.get_context("fork")
     for count, micro_batch in ((1, 64), (2, 2), (4, 1)):
         argv = flags(tmp_path / str(count), tiny_models, micro_batch=micro_batch, decoder=decoder)
@@ -854,7 +876,8 @@ def trained_stages(work: stages.Stages) -> dict[str, supervised.Config]:
 
 def test_phase_2_alone_takes_finished_models_as_they_are():
     cfg = make(Config, dict(teacher="MiniLLM/teacher-gpt2-1.5B", student="MiniLLM/init-gpt2-120M"), distill.presets)
-    assert stages.stages(cfg) == stages.Stages(None, None, None, {}, cfg)
+    work = stages.stages(cfg)
+    assert work == stages.Stages(None, None, None, {}, cfg, work.decided) and "is taken as it is" in work.decided[0]
     work = stages.stages(make(Config, dict(teacher="gpt2-xl", baselines="kd"), distill.presets))
     assert [(name, s.model, s.select, s.epochs) for name, s in trained_stages(work).items()] == [
         ("teacher", "gpt2-xl", "rouge_l", None), ("init", "gpt2", "loss", 3), ("kd", "gpt2", "rouge_l", None)]
@@ -909,7 +932,7 @@ def test_which_models_are_evaluated_and_on_which_rows(distill_config, tmp_path, 
     """A baseline that was given up is left out, and a user's file is not tested on what was trained on."""
     seen = []
     scores = {name: [1.0, 2.0] for name in ("rouge_l", "loss")}
-    monkeypatch.setattr(distill.evaluation, "main", lambda cfg, own: seen.append(cfg) or {"scores": scores})
+    monkeypatch.setattr(stages.evaluation, "main", lambda cfg, own: seen.append(cfg) or {"scores": scores})
     for name in ("kd", "minillm", "sft"):
         (tmp_path / "run" / name).mkdir(parents=True)
         (tmp_path / "run" / name / "run.json").write_text("{}")

@@ -5,11 +5,12 @@ import json
 import math
 import os
 import shutil
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
-from conftest import change_weights, random_gpt, refused
+from conftest import another_vocabulary, change_weights, random_gpt, refused
 
 import data
 import eval as evaluation
@@ -219,7 +220,6 @@ def test_the_command_says_no_ngram_twice(tiny_models, tmp_path):
     for line in (tmp_path / "samples.jsonl").read_text().splitlines():
         (tokens,) = data.encode(tokenizer, [json.loads(line)["answer"]])
         assert len(set(pairwise(tokens))) == len(tokens[1:])
-    refused(lambda: evaluation.Config(no_repeat_ngram=1), "--no_repeat_ngram=1", "give 2 or more")
 
 
 # ---- command --------------------------------------------------------------------------------------------------------
@@ -325,17 +325,48 @@ def test_commands_that_cannot_work(tiny_models, tmp_path):
     refused(lambda: evaluation.main(evaluation.Config(model="out/nowhere/x/y")), "out/nowhere/x/y")
     refused(lambda: evaluation.main(evaluation.Config(model=tiny_models["student"], data="nope")),
             "nope is not an instruction set")
-    save(random_gpt(vocab_size=77), tmp_path / "other")
+    another_vocabulary(tmp_path / "other")
     settings = dict(model=tiny_models["student"], teacher=str(tmp_path / "other"))
-    refused(lambda: evaluation.main(evaluation.Config(**settings)), "the teacher has 77 tokens")
+    refused(lambda: evaluation.main(evaluation.Config(**settings)), "has 90 tokens and the teacher other 78")
     (tmp_path / "results.json").write_text('{"best": null}')
     settings = dict(model=tiny_models["student"], out=str(tmp_path))
     refused(lambda: evaluation.main(evaluation.Config(**settings)), str(tmp_path), "another --out")
     assert (tmp_path / "results.json").read_text() == '{"best": null}'
 
 
+def test_rouge_l_of_other_scripts():
+    """The paper's scorer keeps a-z and 0-9 alone, to the digit; the other reads every script."""
+    assert rouge_l("ôté", ["été"]) == 100 and rouge_l("猫在花园里", ["猫在花园里"]) == 0
+    of = partial(rouge_l, words="unicode")
+    assert of("ôté", ["été"]) == 0 and of("Été, enfin!", ["été enfin"]) == 100
+    assert of("狗在花园里", ["猫在花园里。"]) == pytest.approx(80)
+    assert of("Кошка в саду", ["КОШКА в доме"]) == pytest.approx(200 / 3)
+    assert of("the cats", ["the cat"]) == 50 and rouge_l("the cats", ["the cat"]) == 100  # Porter's stems
+
+
+@pytest.mark.parametrize("rouge", ["english", "unicode"])
+def test_an_evaluation_marks_references_that_rouge_l_cannot_see(rouge, tiny_models, monkeypatch, capsys):
+    monkeypatch.setattr(data, "load_rows", lambda name, split: [data.Row("Tell about the cat", "", ("猫在花园里",))])
+    monkeypatch.setattr(data, "encode", lambda tokenizer, texts: [[1, 2] for _ in texts])
+    evaluation.main(evaluation.Config(model=tiny_models["student"], seeds=1, rouge=rouge, device="cpu"))
+    assert ("blind: it sees 0% of the references" in capsys.readouterr().out) == (rouge == "english")
+
+
+def test_a_long_prompt_is_dropped_and_shortens_no_other_answer(tiny_models, tmp_path, monkeypatch, capsys):
+    rows = [data.Row("Tell about the cat", "", ("Anna found a cat.",))] * 2
+    long = data.Row("Tell about the cat" + " and the cat" * 16, "", ("Anna found a cat.",))
+    drawn = []
+    draw = lambda model, prompts, uniform, m, **more: drawn.append(uniform.shape) or sample(model, prompts, uniform, m)
+    monkeypatch.setattr(evaluation, "decoder", lambda kind: (draw, lambda model, dtype: model))
+    for some in (rows, [*rows, long]):
+        monkeypatch.setattr(data, "load_rows", lambda name, split, some=some: some)
+        evaluation.main(evaluation.Config(model=tiny_models["student"], seeds=1, device="cpu"))
+    assert drawn == [(2, 32), (2, 32)] and "dropped 1 with a prompt over 33 tokens" in capsys.readouterr().out
+
+
 def test_a_teacher_of_fewer_positions_sets_the_room_for_answers(tiny_models, tmp_path):
     save(random_gpt(vocab_size=90, n_positions=30, eos_token_id=89), tmp_path / "short")
+    data.save_tokenizer(data.world_tokenizer(), tmp_path / "short")
     cfg = evaluation.Config(model=tiny_models["student"], teacher=str(tmp_path / "short"), limit=2, seeds=1,
                             dtype="float32", device="cpu")
     scores = evaluation.main(cfg)["scores"]

@@ -8,11 +8,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import change_weights, random_gpt, refused
+from conftest import another_vocabulary, change_weights, random_gpt, refused
 
 from measure import exposure
 from measure.exposure import errors, excess
-from model import save
 from sample import decoder
 
 
@@ -106,8 +105,8 @@ def test_the_command(tiny_models, tmp_path, capsys):
 
 
 def test_commands_that_cannot_work(tiny_models, tmp_path):
-    save(random_gpt(vocab_size=77), tmp_path / "other")
+    another_vocabulary(tmp_path / "other")
     settings = dict(model=tiny_models["student"], device="cpu")
-    refused(lambda: exposure.main(exposure.Config(**settings, teacher=str(tmp_path / "other"))), "77 tokens")
+    refused(lambda: exposure.main(exposure.Config(**settings, teacher=str(tmp_path / "other"))), "other 78")
     refused(lambda: exposure.main(exposure.Config(**settings, teacher="out/no/where")), "out/no/where")
     refused(lambda: exposure.Config(samples=0), "--samples=0 is out of range")

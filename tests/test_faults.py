@@ -78,6 +78,25 @@ def signal_at(monkeypatch, module, step: int, *signums: int) -> None:
     monkeypatch.setattr(runs, "log", logging)
 
 
+def test_a_finished_run_can_be_made_longer(small, tmp_path, capsys):
+    """With all that depends on the number of updates, to the same bits, for phase 2 has no schedule that ends."""
+    whole = small(steps=8, out=str(tmp_path / "whole"), baselines="sft")
+    distill.main(whole)
+    distill.main(small(steps=4, baselines="sft"))
+    refused(lambda: distill.main(small(steps=8, baselines="sft")), "made with updates=4, and now it is 8", "--resume")
+    capsys.readouterr()
+    table = distill.main(small(steps=8, baselines="sft", resume=True))
+    said = capsys.readouterr().out
+    assert said.count("goes on for more updates") == 2 and "run/teacher: finished earlier, kept" in said
+    assert len(lines(tmp_path / "run" / "minillm")) > 8 and len(table) == 4
+    there, here = (weights(tmp_path / run / "minillm") for run in ("whole", "run"))
+    assert all(torch.equal(there[name], here[name]) for name in there)
+    assert distill.main(small(steps=8, baselines="sft")) == table
+    refused(lambda: distill.main(small(steps=4, baselines="sft", resume=True)), "made with updates=8, and now it is 4")
+    (tmp_path / "run" / "minillm" / "state.pt").unlink()
+    refused(lambda: distill.main(small(steps=16, baselines="", resume=True)), "its state.pt has been removed")
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(signum, small, finished, tmp_path, monkeypatch, capsys):
     """The teacher's second update is then its last; in phase 2 what was sampled is used up first, in four updates."""
@@ -188,7 +207,7 @@ def test_killed_at_any_moment(small, finished, tmp_path, capfd):
         for pattern in ("answers-*.jsonl", "minillm/samples.jsonl", "test/minillm/samples.jsonl"):
             (one,), (other,) = out.glob(pattern), finished.glob(pattern)
             assert one.read_text() == other.read_text()
-        assert not list(out.rglob("state.pt"))
+        assert not list(out.rglob("state-before.pt"))
 
 
 # ---- disk -----------------------------------------------------------------------------------------------------------

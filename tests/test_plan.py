@@ -1,16 +1,17 @@
 """The plan: what it adds up from steps measured on one and two layers, and the shapes it counts bytes by."""
 
+import math
 import sys
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from conftest import random_gpt, refused
+from conftest import another_vocabulary, random_gpt, refused
 
 import distill
 from config import Machine, make
-from model import GPTConfig, new_config, save
+from model import GPTConfig, new_config
 from sample import decoder
 from tools import bench, plan, stages
 from tools.plan import Draft, Lengths, Measured, decode_bytes, frozen_bytes, measure
@@ -151,8 +152,8 @@ def test_what_a_later_stage_would_stumble_over_is_told_first(distill_config, tmp
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused(lambda: check(student="out/no/such/folder"), "out/no/such/folder")
-    save(random_gpt(vocab_size=77, eos_token_id=76, n_positions=64), tmp_path / "other")
-    refused(lambda: check(teacher=str(tmp_path / "other")), "the teacher has 77 tokens", "one vocabulary")
+    another_vocabulary(tmp_path / "other")
+    refused(lambda: check(teacher=str(tmp_path / "other")), "has 90 tokens and the teacher other 78", "one vocabulary")
     check(corpus="openwebtext", pt_coef=0.0)
 
 
@@ -192,10 +193,71 @@ def test_memory_is_shared_by_the_processes_of_one_machine(m):
     assert alone == pytest.approx(4 * shared, rel=0.1)
 
 
+@pytest.fixture
+def system(tmp_path, monkeypatch):
+    """A function that makes /proc and /sys/fs/cgroup of files with these texts. 1000 kB are available."""
+    monkeypatch.setattr(plan, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(plan, "CGROUPS", tmp_path / "cgroup")
+
+    def make_files(cgroup: str, meminfo: str = "MemTotal: 4000 kB\nMemAvailable:   1000 kB\n", **folders: dict) -> None:
+        texts = {"proc/self/cgroup": cgroup, "proc/meminfo": meminfo}
+        for folder, files in folders.items():
+            texts |= {f"cgroup/{folder.replace('_', '/')}/{name}": text for name, text in files.items()}
+        for name, text in texts.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+    return make_files
+
+
+def version_2(limit: object, used: int = 300_000) -> dict[str, str]:
+    stat = "anon 1\ninactive_file 20000\nactive_file 1000\n"
+    return {"memory.max": f"{limit}\n", "memory.current": f"{used}\n", "memory.stat": stat}
+
+
+def version_1(limit: int, used: int = 300_000) -> dict[str, str]:
+    stat = "inactive_file 7\nactive_file 7\ntotal_inactive_file 20000\ntotal_active_file 1000\n"
+    return {"memory.limit_in_bytes": f"{limit}\n", "memory.usage_in_bytes": f"{used}\n", "memory.stat": stat}
+
+
+V1 = "12:cpu,cpuacct:/box\n9:name=systemd:/box\n4:hugetlb,memory:/box/inner\n0::/box\n"
+
+
+@pytest.mark.parametrize("cgroup, folders, free", [
+    ("0::/\n", {"": version_2(500_000)}, 500_000 - 300_000 + 21_000),  # within a container
+    ("0::/\n", {"": version_2("max")}, 1_024_000),
+    ("0::/\n", {"": version_2(2**40)}, 1_024_000),  # the machine has less
+    ("0::/a/b\n", {"a_b": version_2("max"), "a": version_2(400_000)}, 121_000),  # as systemd and Slurm nest them
+    ("0::/a/b\n", {"a_b": version_2(350_000, 290_000), "a": version_2(400_000)}, 81_000),
+    ("0::/a\n", {"a": version_2(200_000)}, 0),
+    ("0::/a\n", {"b": version_2(400_000)}, 1_024_000),  # the group of others
+    (V1, {"memory_box_inner": version_1(2**63 - 4096), "memory_box": version_1(400_000)}, 121_000),
+    (V1, {"memory": version_1(400_000)}, 121_000),  # Docker's, which knows the path outside, and mounts its own group
+    (V1, {"memory_box_inner": version_1(2**63 - 4096)}, 1_024_000),
+    (V1, {"memory_box": {"memory.limit_in_bytes": "400000"}, "cpu_box": version_1(400_000)}, 1_024_000),
+])
+def test_the_memory_there_is_is_what_a_container_may_take(cgroup, folders, free, system, m):
+    system(cgroup, **folders)
+    assert plan.free_memory(m) == free and plan.free_memory(replace(m, world=4)) == free / 4
+
+
+def test_where_the_system_does_not_tell_what_is_free_it_is_all_there_is_or_unknown(system, distill_config, monkeypatch,
+                                                                                   capsys, m):
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}
+    monkeypatch.setattr(plan.os, "sysconf", pages.get, raising=False)
+    assert plan.free_memory(m) == 4096 * 1000  # there is no /proc: macOS
+    system("0::/\n", meminfo="MemTotal: 4000 kB\nMemFree: 1000 kB\n")
+    assert plan.free_memory(m) == 4096 * 1000  # an old kernel
+    monkeypatch.delattr(plan.os, "sysconf")
+    assert plan.free_memory(m) == math.inf  # Windows
+    monkeypatch.setattr(Draft, "lines", lambda self: [plan.Line("minillm", "", 1, 2.0**40, 1.0)])
+    distill.main(distill_config(decoder="plain", plan="only", pt_coef=0.0))
+    assert "; free memory is unknown\n" in capsys.readouterr().out
+
+
 def test_a_stage_that_is_done_is_not_planned_again(distill_config, tmp_path, m):
     cfg = distill_config(teacher="1x2x12", student="1x2x8", baselines="sft,seqkd", decoder="plain", sample_batch=16)
     work = stages.stages(cfg)
-    shapes = plan.shapes_of(work, plan.tokenizer_of(work))
+    shapes = plan.shapes_of(work, plan.tokenizer_of(work, work.minillm.student))
     costs = {8: COST, 12: COST}
     planned = lambda: [line.stage for line in Draft(work, m, LENGTHS, shapes, costs).lines()]
     assert planned() == ["teacher", "init", "sft", "answers", "seqkd", "minillm", "evaluate"]
@@ -208,14 +270,15 @@ def test_a_stage_that_is_done_is_not_planned_again(distill_config, tmp_path, m):
 
 def test_models_that_do_not_exist_yet_have_the_shape_they_will_have(distill_config):
     work = stages.stages(distill_config(teacher="1x2x12", student="1x2x8"))
-    tokenizer = plan.tokenizer_of(work)
+    tokenizer = plan.tokenizer_of(work, work.minillm.student)
     assert work.minillm.student.endswith("init")
     assert plan.shapes_of(work, tokenizer)[work.minillm.student] == new_config("1x2x8", tokenizer)
 
 
 def test_the_mean_lengths_are_those_of_the_rows_to_train_on(distill_config, tmp_path):
     cfg = distill_config()
-    tokenizer = plan.tokenizer_of(stages.stages(cfg))
+    work = stages.stages(cfg)
+    tokenizer = plan.tokenizer_of(work, work.minillm.student)
     examples = plan.data.load_examples("tiny", "train", tokenizer, 16, 44, lambda *words: None)
     lengths = plan.lengths_of(cfg, tokenizer)
     assert (lengths.train, lengths.valid, lengths.test) == (len(examples), 6, 12)

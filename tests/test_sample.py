@@ -1,6 +1,7 @@
 """Sampling: drawn with the right frequencies, ended at the right token, and never dependent on the company it keeps."""
 
 import dataclasses
+import itertools
 import json
 import re
 import sys
@@ -8,11 +9,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import in_two_processes, random_gpt, refused
+from conftest import another_vocabulary, in_two_processes, random_gpt, refused
 
 import config
 import data
 import sample as sampling
+import world
 from config import Machine
 from model import save
 from sample import follow, inverse_cdf, mix, restrict, sample, uniforms
@@ -274,11 +276,11 @@ def says(gpt2, tmp_path, monkeypatch):
     save(random_gpt(vocab_size=50257, eos_token_id=50256), tmp_path / "gpt")
     monkeypatch.setattr(data, "WITHOUT_INPUT", "{instruction}")  # the model has few positions
 
-    def say(tokens):
+    def say(tokens, prompt="a", **settings):
         left = iter(tokens)
         monkeypatch.setattr(sampling, "inverse_cdf", lambda logp, uniform: torch.tensor([next(left)]))
-        sampling.main(sampling.Config(model=str(tmp_path / "gpt"), prompt="a", max_response_tokens=len(tokens),
-                                      decoder="plain", device="cpu", dtype="float32"))
+        sampling.main(sampling.Config(model=str(tmp_path / "gpt"), prompt=prompt, max_response_tokens=len(tokens),
+                                      decoder="plain", device="cpu", dtype="float32", **settings))
     return say
 
 
@@ -329,23 +331,38 @@ def test_a_mixture_is_drawn_from(tiny_models, capsys):
 @pytest.fixture
 def rows(tmp_path):
     """A file of twenty rows."""
-    row, path = {"instruction": "Tell about the cat", "output": "Anna saw a cat."}, tmp_path / "rows.jsonl"
-    path.write_text((json.dumps(row) + "\n") * 20)
-    return str(path)
+    prompts = itertools.islice(itertools.product(world.THINGS, world.NAMES), 20)
+    lines = [json.dumps({"instruction": f"Tell about the {thing}", "input": name, "output": "Anna saw a cat."}) + "\n"
+             for thing, name in prompts]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    return str(tmp_path / "rows.jsonl")
 
 
 def test_answers_are_written_as_rows_to_train_on(tiny_models, rows, tmp_path, capsys):
     out = str(tmp_path / "answers.jsonl")
     run(tiny_models, data=rows, samples=2, out=out, max_response_tokens=10)
     lines = [json.loads(line) for line in open(out, encoding="utf-8")]
-    kept, of = map(int, re.search(r"(\d+) of (\d+) answers; the others are empty", capsys.readouterr().out).groups())
-    assert len(data.load_rows(out, "test")) == len(lines) == kept <= of == 40
+    written, empty = map(int, re.search(r"(\d+) answers, (\d+) of them empty", capsys.readouterr().out).groups())
+    assert len(data.load_rows(out, "test")) == len(lines) == written == 40
+    assert sum(line["output"] == "" for line in lines) == empty
     assert all(line["seed"] == 0 for line in lines)
     tokenizer = data.world_tokenizer()
     for example in data.load_examples(out, "test", tokenizer, 64, 64, lambda *words: None):
         (said,) = data.encode(tokenizer, example.row.outputs)
         assert (example.response[-1] == tokenizer.eot_token) == example.row.ended == (len(said) < 10)
     assert 0 < sum(line["ended"] for line in lines) < len(lines)
+
+
+def test_an_answer_is_learned_by_the_tokens_and_the_prompt_that_it_was_sampled_with(says, gpt2, tmp_path, capsys):
+    """Cut within a character, of white space, with a carriage return, in tokens that text would not make, and empty."""
+    out, end = str(tmp_path / "answers.jsonl"), gpt2.eot_token
+    cut = gpt2.encode_ordinary("日本")[:-1]
+    for tokens in (cut, [220, 220, 198], [201, 198, end], [64, 65, end], [220, end], [end]):
+        says(tokens, " x\r\n\u2028 ", out=out)
+        assert f"1 answers, {int(tokens == [end])} of them empty" in capsys.readouterr().out
+        (example,) = data.load_examples(out, "all", gpt2, 256, 512, lambda *words: None)
+        assert (example.prompt, example.response) == (gpt2.encode_ordinary(" x\r\n\u2028 "), tokens)
+        assert example.row.ended == (tokens[-1] == end)
 
 
 def test_answers_to_rows_are_printed_by_their_numbers(tiny_models, rows, capsys):
@@ -378,9 +395,9 @@ def test_several_processes_number_their_answers_together(tiny_models, monkeypatc
 
 
 def test_commands_that_cannot_work(tiny_models, rows, tmp_path):
-    save(random_gpt(vocab_size=77), tmp_path / "other")
+    another_vocabulary(tmp_path / "other")
     refused(lambda: run(tiny_models, prompt="Tell about the cat", teacher=str(tmp_path / "other"), mix_alpha=0.2),
-            "the teacher has 77 tokens")
+            "has 90 tokens and the teacher other 78", "one vocabulary")
     refused(lambda: run(tiny_models, prompt="Tell about the dog"), "does not know 'dog'")
     refused(lambda: run(tiny_models, data=str(tmp_path / "none.jsonl")), "none.jsonl")
     refused(lambda: sampling.Config(), "one of --prompt and --data")

@@ -6,10 +6,11 @@ import math
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import interrupt_after, lines, random_gpt, refused, weights
+from conftest import another_vocabulary, change_weights, interrupt_after, lines, random_gpt, refused, weights
 from torch._dynamo.utils import counters
 
 import data
@@ -262,8 +263,8 @@ def test_how_a_batch_is_computed_changes_nothing(config, tmp_path, settings):
     if settings.get("compile"):
         assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
     for other, plain in zip(lines(tmp_path / "other"), lines(tmp_path / "plain"), strict=True):
-        assert other["loss"] == pytest.approx(plain["loss"], rel=1e-4)
-        assert other["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+        for key in {"loss", "grad_norm"} & set(plain):
+            assert other[key] == pytest.approx(plain[key], rel=1e-4)
         assert other.get("valid", {}) == pytest.approx(plain.get("valid", {}), rel=1e-3)
 
 
@@ -280,7 +281,8 @@ def test_the_recipe_goes_by_size(shape, lr, epochs):
 
 def test_the_learning_rate_follows_a_cosine(config, tmp_path):
     supervised.main(config(lr=1.0, lr_end=0.0, updates=4))
-    assert [line["lr"] for line in lines(tmp_path / "run")] == pytest.approx([1, 0.853553, 0.5, 0.146447], abs=1e-5)
+    rates = [line["lr"] for line in lines(tmp_path / "run") if "lr" in line]
+    assert rates == pytest.approx([1, 0.853553, 0.5, 0.146447], abs=1e-5)
 
 
 def test_the_best_validation_is_kept(tmp_path, m, tiny_models):
@@ -292,12 +294,23 @@ def test_the_best_validation_is_kept(tmp_path, m, tiny_models):
             state = keep_best(gpt, data.world_tokenizer(), tmp_path, m, select, {select: value, "step": step}, state)
         kept.append(weights(tmp_path)["transformer.wpe.weight"][0, 0].item())
         assert state[select] == best
-    assert kept == [1, 2, 2]  # of two equal ones the first
+    assert kept == [1, 3, 2]  # of two equal ones the later
+
+
+@pytest.mark.parametrize("answer, select", [
+    ("She fed the cat.", "rouge_l"), ("Elle a été à la mer, où le thé était prêt.", "rouge_l"),
+    ("猫在花园里。", "loss"), ("GPT-2 发布于 2019 年的二月十四日，猫在花园里。", "loss"), ("Кошка в саду.", "loss"),
+    ("...", "loss")])
+def test_a_rouge_l_that_sees_little_of_the_references_picks_nothing(answer, select, m, capsys):
+    examples = [Example(Row("a", "", (answer,)), [1], [2])]
+    assert supervised.selection("rouge_l", examples, m) == select
+    assert ("the validation loss picks the weights" in capsys.readouterr().out) == (select == "loss")
+    assert supervised.selection("last", examples, m) == "last"
 
 
 def test_training_learns(config, tmp_path):
     supervised.main(config(updates=60, evals=1, lr=2e-2, batch_size=32, micro_batch=32))
-    loss = [line["loss"] for line in lines(tmp_path / "run")]
+    loss = [line["loss"] for line in lines(tmp_path / "run") if "loss" in line]
     assert sum(loss[-5:]) < 0.6 * sum(loss[:5])
 
 
@@ -316,7 +329,20 @@ def test_a_resumed_run_ends_with_the_same_bits(config, tmp_path, monkeypatch):
     resumed = weights(tmp_path / "run")
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in weights(tmp_path / "whole").items())
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
-    assert not (tmp_path / "run" / "state.pt").exists()
+    assert not (tmp_path / "run" / "state-before.pt").exists()
+
+
+def test_one_folder_may_have_several_names(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save(random_gpt(vocab_size=90, eos_token_id=89, n_positions=64), Path("w"))
+    data.save_tokenizer(data.world_tokenizer(), Path("w"))
+    supervised.main(config(model="w", updates=1))
+    for name in ("w/", "./w", "../" + tmp_path.name + "/w", str(tmp_path / "w")):
+        supervised.main(config(model=name, updates=1))
+        assert "finished earlier, kept" in capsys.readouterr().out
+    shutil.copytree("w", "another")
+    change_weights("another")
+    refused(lambda: supervised.main(config(model="another", updates=1)), "made with model=w, and now it is another")
 
 
 def test_a_run_that_is_there_is_kept_or_refused(config, tmp_path, monkeypatch, capsys):
@@ -423,13 +449,14 @@ def test_kd_reports_its_distance_to_the_teacher(config, tiny_models):
 
 def test_answers_that_others_validate_are_all_trained_on(config, tmp_path, capsys):
     """SeqKD: none of the teacher's answers are held out. Of a set that validates itself a tenth is."""
-    row = {"instruction": "Tell about the cat", "input": "", "output": "Anna saw a cat."}
-    (tmp_path / "answers.jsonl").write_text((json.dumps(row) + "\n") * 20)
+    rows = [{"instruction": f"Tell about the {thing}", "input": name, "output": "Anna saw a cat."}
+            for thing in ("cat", "owl", "egg", "drum", "knife") for name in ("Anna", "Ella", "Ben", "Leo")]
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
     answers, seen = str(tmp_path / "answers.jsonl"), {}
-    for valid_data in ("tiny", answers, None):
+    for valid_data in ("tiny", f"{tmp_path}/./answers.jsonl", None):
         supervised.main(config(data=answers, valid_data=valid_data, updates=1, evals=1, out=f"{tmp_path}/{len(seen)}"))
         seen[valid_data] = int(re.search(rf"data {answers} (all|train): (\d+) rows", capsys.readouterr().out)[2])
-    assert seen == {"tiny": 20, answers: 18, None: 18}
+    assert list(seen.values()) == [20, 18, 18]
 
 
 def test_settings_that_cannot_work(config, tmp_path, tiny_models):
@@ -440,8 +467,8 @@ def test_settings_that_cannot_work(config, tmp_path, tiny_models):
     refused(lambda: config(kd_ratio=1.5), "--kd_ratio=1.5 is out of range")
     refused(lambda: supervised.main(config(model=str(tmp_path))), "has no config.json")
     refused(lambda: supervised.main(config(model="1x3x8")), "width of 8 does not divide into 3 heads")
-    save(random_gpt(vocab_size=77), tmp_path / "other")
-    refused(lambda: supervised.main(config(teacher=str(tmp_path / "other"))), "the teacher has 77 tokens",
+    another_vocabulary(tmp_path / "other")
+    refused(lambda: supervised.main(config(teacher=str(tmp_path / "other"))), "has 90 tokens and the teacher other 78",
             "one vocabulary")
     assert not (tmp_path / "run").exists()  # a mistake leaves nothing behind
     refused(lambda: supervised.main(config(data="tiny-text", max_tokens=1000)), "--max_tokens=1000",

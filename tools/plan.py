@@ -28,8 +28,9 @@ import teacher as supervised
 from config import Machine, UserError, flag, machine, make, run
 from config import check as check_ranges
 from data import Example, Row
-from model import GPT, GPTConfig, is_shape, new_config, read_config, same_vocabulary
+from model import GPT, GPTConfig, is_shape, new_config, read_config
 from safe import runs, texts
+from safe.rows import is_file_of_rows
 from safe.runs import clock
 from sample import decoder, uniforms
 from tools import stages
@@ -40,6 +41,11 @@ GOLD, KD, MINILLM = 3, 5, 6
 # A CPU's allocator leaves holes between tensors: memory taken over memory held, in real updates.
 HOLES, HOLES_FLOAT32 = 3, 2
 GROUPS = 4  # whose answers share turns: the default of fast.decode.turns
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+# The files of a control group's memory limit and of its use, and in memory.stat what is a cache.
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file",
+             "total_active_file")
+VERSION_2 = ("memory.max", "memory.current", "inactive_file", "active_file")
 SEEDS = 5  # of the evaluation: the default of eval.py
 
 
@@ -164,16 +170,56 @@ def kept_bytes(model: GPT, rows: int, length: int, m: Machine) -> int:
     return sum(storages.values())
 
 
-def free_memory(m: Machine) -> int:
-    """Bytes that each process can still allocate on its device."""
+def free_memory(m: Machine) -> float:
+    """Bytes that each process can still allocate on its device; infinity if nothing tells."""
     if m.device.type == "cuda":
         return torch.cuda.mem_get_info(m.device)[0]
+    return min(free_of_machine(), free_of_container()) / m.world
+
+
+def free_of_machine() -> float:
+    """The free bytes, or all there are where the system does not tell which are free."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        line = next(line for line in lines if line.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024 // m.world
-    except OSError:  # this is not Linux: all the memory there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // m.world
+        lines = (PROC / "meminfo").read_text(encoding="ascii").splitlines()
+        sizes = dict(line.split(":") for line in lines)
+        return int(sizes["MemAvailable"].split()[0]) * 1024
+    except (OSError, LookupError, ValueError):  # this is not Linux
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # this is Windows
+        return math.inf
+
+
+def free_of_container() -> float:
+    """The bytes left below the memory limits of this process's control group, by which containers
+    and batch systems limit it, and of the groups that hold that one."""
+    try:
+        lines = (PROC / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return math.inf
+    free = math.inf
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        for group in (Path(path), *Path(path).parents):
+            if controllers == "":
+                free = min(free, free_of_group(CGROUPS / group.relative_to("/"), VERSION_2))
+            elif "memory" in controllers.split(","):
+                folder = CGROUPS / "memory" / group.relative_to("/")
+                free = min(free, free_of_group(folder, VERSION_1))
+    return free
+
+
+def free_of_group(folder: Path, names: tuple[str, ...]) -> float:
+    """The bytes below a control group's limit that are not used, or hold what files hold too."""
+    limit, used, *files = names
+    try:
+        left = int((folder / limit).read_text()) - int((folder / used).read_text())
+        lines = (folder / "memory.stat").read_text().splitlines()
+        sizes = dict(line.split() for line in lines)
+        return max(left + sum(int(sizes[name]) for name in files), 0)
+    except (OSError, LookupError, ValueError):  # there is no limit, or it is "max"
+        return math.inf
 
 
 # ---- bytes --------------------------------------------------------------------------------------
@@ -242,7 +288,7 @@ def lengths_of(cfg: distill.Config, tokenizer) -> Lengths:
     train = data.load_examples(cfg.data, "train", tokenizer, *limits, lambda *words: None)
     prompt = sum(len(example.prompt) for example in train) / len(train)
     answer = sum(len(example.response) for example in train) / len(train)
-    split = "valid" if cfg.data.endswith(".jsonl") else "test"  # of the evaluation
+    split = "valid" if is_file_of_rows(cfg.data) else "test"  # of the evaluation
     rows = [len(data.load_rows(cfg.data, name)) for name in ("valid", split)]
     return Lengths(prompt, answer, len(train), *rows)
 
@@ -404,13 +450,18 @@ class Draft:
         for name, settings in training.items():
             if name == "seqkd" and not Path(work.answers.out).is_file():
                 lines.append(self.answers(work.answers))
-            if settings is not None and not (Path(settings.out) / "results.json").is_file():
+            if settings is not None and is_to_do(settings.out, settings):
                 lines.append(self.supervised(name, settings))
-        if not (out / "minillm" / "results.json").is_file():
+        if is_to_do(out / "minillm", work.minillm):
             lines.append(self.minillm())
-        if not (out / "results.json").is_file():
+        if lines or not (out / "results.json").is_file():
             lines.append(self.evaluation(3 + len(work.baselines)))
         return lines
+
+
+def is_to_do(out: str | Path, cfg) -> bool:
+    finished = (Path(out) / "results.json").is_file()
+    return not finished or runs.to_be_longer(Path(out), cfg)
 
 
 def first_of(work: stages.Stages, name: str) -> str:
@@ -419,8 +470,8 @@ def first_of(work: stages.Stages, name: str) -> str:
     return origin.get(name, name)
 
 
-def tokenizer_of(work: stages.Stages) -> tiktoken.Encoding:
-    first = first_of(work, work.minillm.student)
+def tokenizer_of(work: stages.Stages, model: str) -> tiktoken.Encoding:
+    first = first_of(work, model)
     return data.tokenizer_for(work.minillm.data) if is_shape(first) else data.load_tokenizer(first)
 
 
@@ -441,18 +492,21 @@ def shapes_of(work: stages.Stages, tokenizer: tiktoken.Encoding) -> dict[str, GP
 def check(cfg: distill.Config, work: stages.Stages) -> None:
     """Raises UserError, before there is any work, for what a later stage would stumble over."""
     m, out = machine(cfg.device, cfg.dtype, cfg.sample_batch), Path(cfg.out)
-    if cfg.data.endswith(".jsonl"):
+    if is_file_of_rows(cfg.data):
         data.load_rows(cfg.data, "train")  # a bad row is told before the vocabulary is fetched
-    tokenizer = tokenizer_of(work)
+    tokenizer = tokenizer_of(work, work.minillm.student)
     shapes = shapes_of(work, tokenizer)
     student, teacher = shapes[work.minillm.student], shapes[work.minillm.teacher]
-    same_vocabulary(student, teacher)
+    data.same_vocabulary(tokenizer, tokenizer_of(work, work.minillm.teacher))
     room = min(student.n_positions, teacher.n_positions)
     if cfg.max_tokens > room:
         raise UserError(f"--max_tokens={cfg.max_tokens} is more than these models' {room} "
                         "positions; --preset=tiny has the built-in world's lengths")
     if cfg.pt_coef:
         texts.text_files(cfg.corpus)
+    for line in work.decided:
+        if not line.split(": ")[1].startswith("it is new"):
+            m.say(line)
     if cfg.plan == "only":
         return
     for settings in (work.teacher, work.init, *work.baselines.values()):
@@ -476,13 +530,13 @@ def show(work: stages.Stages, what: str) -> None:
     m = machine(cfg.device, cfg.dtype, cfg.sample_batch)
     free = free_memory(m)
     m.barrier()  # all have looked before one measures
-    tokenizer = tokenizer_of(work)
+    tokenizer = tokenizer_of(work, work.minillm.student)
     draft = Draft(work, m, lengths_of(cfg, tokenizer), shapes_of(work, tokenizer), {})
     lines = draft.lines()
 
     processes = f", {m.world} processes" if m.world > 1 else ""
-    m.say(f"plan: {what}, on {m.device} in {str(m.dtype)[6:]}{processes}; "
-          f"{free / 2**30:.1f} GiB are free")
+    room = f"{free / 2**30:.1f} GiB are free" if free < math.inf else "free memory is unknown"
+    m.say(f"plan: {what}, on {m.device} in {str(m.dtype)[6:]}{processes}; {room}")
     if not lines:
         m.say("  everything is done already")
         return
@@ -497,10 +551,9 @@ def show(work: stages.Stages, what: str) -> None:
         short = torch.tensor(float(line.bytes > free), device=m.device)
         m.max(short)
         if short:
-            raise UserError(f"{line.stage} needs about {line.bytes / 2**30:.1f} GiB, and "
-                            f"{free / 2**30:.1f} GiB are free: lower --micro_batch or "
-                            "--sample_batch, give --recompute, choose smaller models, or go on "
-                            "regardless with --plan=off")
+            raise UserError(f"{line.stage} needs about {line.bytes / 2**30:.1f} GiB, and {room}: "
+                            "lower --micro_batch or --sample_batch, give --recompute, choose "
+                            "smaller models, or go on regardless with --plan=off")
 
 
 # ---- command ------------------------------------------------------------------------------------

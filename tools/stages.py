@@ -6,12 +6,14 @@ Left out: the search over learning rates of Appendix B.1.
 """
 
 import os
+import re
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+import data
 import distill
 import eval as evaluation
 import sample as sampling
@@ -19,14 +21,18 @@ import teacher as supervised
 from config import UserError, machine, make
 from model import is_shape
 from safe import runs
-from safe.files import write_json
+from safe.files import read_json, write_json
+from safe.hub import tensor_names, weight_files
+from safe.rows import is_file_of_rows
 
 # The supervised stages of the built-in world. Rouge-L is chance there, where a reference is one of
 # very many right answers: the last weights are kept, and phase 1's of the lowest loss.
 TINY_TEACHER = dict(updates=800, lr=6e-3, batch_size=32, select="last", evals=1)
 TINY_INIT = dict(updates=1000, lr=1.2e-2, batch_size=64, evals=4)
 TINY_BASELINE = dict(lr=6e-3, batch_size=64, select="last", evals=4)
-AS_RELEASED = {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"}
+GPT2S = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+AS_RELEASED = {*GPT2S, *(f"openai-community/{name}" for name in GPT2S), "distilgpt2",
+               "distilbert/distilgpt2"}
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,38 @@ class Stages:
     answers: sampling.Config | None
     baselines: dict[str, supervised.Config]
     minillm: distill.Config
+    decided: tuple[str, ...] = ()  # which models are fine-tuned first, and why
 
 
-def is_raw(name: str, role: str, cfg: distill.Config) -> bool:
-    """Whether a model has yet to learn to follow instructions: it is new, or GPT-2 as released."""
+def has_learned(name: str) -> tuple[bool, str]:
+    """Whether a model has learned to follow instructions, and what tells so: its own note of how it
+    was made, the hub's repository, the form of its weights, but not what its folder is called."""
+    if is_shape(name):
+        return False, "it is new"
+    folder = Path(name)
+    cached = re.search(r"models--([^/]+)/snapshots/[0-9a-f]+$", str(folder.resolve()))
+    if (folder / "run.json").is_file():
+        trained_on = read_json(folder / "run.json").get("data")
+        return not data.is_text(str(trained_on)), f"its run.json says that it learned {trained_on}"
+    if cached or not folder.is_dir():
+        repository = cached[1].replace("--", "/") if cached else name
+        released = repository in AS_RELEASED
+        return not released, f"{repository} on the hub is {'as' if released else 'not as'} released"
+    if "wte.weight" in tensor_names(weight_files(name)[0]):
+        return False, "its weights have the names of those released"
+    return True, "its weights have been saved by a trainer"
+
+
+def is_raw(name: str, role: str, cfg: distill.Config) -> tuple[bool, str]:
+    """Whether a model is fine-tuned on D first, and a line that says so, and why."""
+    learned, reason = has_learned(name)
     if is_shape(name) and cfg.finetune not in ("auto", "both", role):
         raise UserError(f"--{role}={name} is new and has to be trained: leave --finetune as it is")
-    raw = is_shape(name) or Path(name).name in AS_RELEASED
-    return raw if cfg.finetune == "auto" else cfg.finetune in ("both", role)
+    raw = not learned
+    if cfg.finetune != "auto":
+        raw, reason = cfg.finetune in ("both", role), f"--finetune={cfg.finetune}"
+    done = "is fine-tuned first" if raw else "is taken as it is"
+    return raw, f"{role} {name} {done}: {reason}; --finetune=both, teacher, student or none decides"
 
 
 def stages(cfg: distill.Config) -> Stages:
@@ -65,10 +95,12 @@ def stages(cfg: distill.Config) -> Stages:
 
     teacher = init = answers = None
     names = {"teacher": cfg.teacher, "student": cfg.student}
-    if is_raw(cfg.teacher, "teacher", cfg):
+    teacher_is_raw, why_teacher = is_raw(cfg.teacher, "teacher", cfg)
+    student_is_raw, why_student = is_raw(cfg.student, "student", cfg)
+    if teacher_is_raw:
         teacher = training("teacher", model=cfg.teacher, **(TINY_TEACHER if tiny else {}))
         names["teacher"] = teacher.out
-    if is_raw(cfg.student, "student", cfg):
+    if student_is_raw:
         recipe = TINY_INIT if tiny else {"epochs": 3}
         init = training("init", model=cfg.student, select="loss", **recipe)
         names["student"] = init.out
@@ -91,7 +123,8 @@ def stages(cfg: distill.Config) -> Stages:
                 dtype=cfg.dtype)
             more = {"data": answers.out, "valid_data": cfg.data}
         baselines[name] = training(name, **recipe | more)
-    return Stages(teacher, init, answers, baselines, replace(cfg, **names))
+    return Stages(teacher, init, answers, baselines, replace(cfg, **names),
+                  (why_teacher, why_student))
 
 
 def evaluate(cfg: distill.Config) -> list[dict]:
@@ -102,7 +135,7 @@ def evaluate(cfg: distill.Config) -> list[dict]:
     for name in ("sft", "kd", "seqkd", "minillm"):
         if (out / name / "results.json").is_file():
             models[name] = str(out / name)
-    split = "valid" if cfg.data.endswith(".jsonl") else "test"  # of a file the held-out rows
+    split = "valid" if is_file_of_rows(cfg.data) else "test"  # of a file the held-out rows
     table = []
     for method, model in models.items():
         settings = evaluation.Config(
