@@ -36,7 +36,8 @@ from safe.files import check_place, write_json
 from safe.runs import checksum
 from safe.rows import parsed
 
-URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?(/[\w.~%/-]*)?", re.I | re.A)
+URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?(/[\w.~%/-]*)?"
+                 r"(\?[\w.~%=&-]+)?", re.I | re.A)
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Config:
     url: str = flag("https://api.openai.com/v1", "the server; it must know /chat/completions")
     key_env: str = flag("OPENAI_API_KEY", "environment variable with the key, if one is needed")
     limit: int | None = flag(None, "use the first so many prompts only")
+    reply_tokens: int = flag(32, "longest reply; a judge that thinks first needs 4096, say")
     tries: int = flag(3, "how often to ask before an unreadable reply is given up")
     workers: int = flag(4, "questions asked at a time")
     timeout: float = flag(60.0, "seconds to wait for a silent server")
@@ -58,8 +60,8 @@ class Config:
     out: str | None = flag(None, "folder for the results; default that of --answers")
 
     def __post_init__(self):
-        check(self, limit=(1, 10**9), tries=(1, 100), workers=(1, 256), timeout=(0.01, 3600),
-              price_in=(0, 10**6), price_out=(0, 10**6), max_cost=(0, 10**9))
+        check(self, limit=(1, 10**9), reply_tokens=(8, 10**6), tries=(1, 100), workers=(1, 256),
+              timeout=(0.01, 3600), price_in=(0, 10**6), price_out=(0, 10**6), max_cost=(0, 10**9))
         check_place(self, "out")
         check_place(self, file="cache")
         if not self.answers:
@@ -68,17 +70,23 @@ class Config:
             raise UserError("give --judge, the model that judges, as in --judge=gpt-4")
         try:
             known = URL.fullmatch(self.url) and urlsplit(self.url).hostname
+            known = known and not re.search("key|token|secret|sig", urlsplit(self.url).query, re.I)
         except ValueError:  # there are brackets, but no IPv6 address in them
             known = False
         if not known:  # neither the address nor the name below is repeated: they may hold a key
-            raise UserError("--url must look like http://host:8000/v1, with no password, ? or #; "
-                            "the key goes into the environment variable that --key_env names")
+            raise UserError("--url must look like http://host:8000/v1, perhaps with ?v=1, but "
+                            "with no password, key or #; the key goes into the environment "
+                            "variable that --key_env names")
         if not re.fullmatch("[A-Z_][A-Z0-9_]*", self.key_env):
             raise UserError("--key_env must be the name of an environment variable, in capitals")
         if (self.price_in is None) != (self.price_out is None):
             raise UserError("--price_in and --price_out go together")
         if self.max_cost is not None and self.price_in is None:
             raise UserError(f"--max_cost={self.max_cost:g} needs --price_in and --price_out")
+
+    @property
+    def address(self) -> str:
+        return self.url.partition("?")[0].rstrip("/")
 
     def dollars(self, tokens_in: int, tokens_out: int) -> float | None:
         if self.price_in is None:
@@ -102,7 +110,7 @@ ASK = (
     "of assistant 1, a space and the mark of assistant 2: two numbers, and nothing else.")
 ASK_AGAIN = ("\nReply {n} could not be read. Its first line must hold two numbers from 1 to 10, "
              "and nothing else.")
-REPLY_TOKENS = 32  # a reply may be this long; two numbers are shorter
+THOUGHTS = re.compile(r"^.*</(?:think|thinking|reasoning|thought)>", re.I | re.S)
 TOKENS = ("prompt_tokens", "completion_tokens")
 
 
@@ -132,9 +140,11 @@ MARKS = re.compile(rf"""[\s*"'`(\[]*{labelled(1)}[\s*]*[\s,;][\s*]*{labelled(2)}
 
 
 def read_marks(reply: str) -> tuple[float, float] | None:
-    """The two marks from 1 to 10 on the first line that is not empty, or None. A comma, "/10",
-    quotes, stars and the assistants' names in order are accepted. At any other word, or a third
-    number, it is better to ask again."""
+    """The two marks from 1 to 10 on the first line that is not empty, or None. What the judge has
+    thought before, up to </think>, does not count. A comma, "/10", quotes, stars and the
+    assistants' names in order are accepted. At any other word, or a third number, it is better to
+    ask again."""
+    reply = THOUGHTS.sub("", reply)
     first = next(filter(None, map(str.strip, reply.splitlines())), "")
     found = MARKS.fullmatch(first[:100])  # a longer line would keep the expression busy
     if not found:
@@ -148,6 +158,7 @@ def read_marks(reply: str) -> tuple[float, float] | None:
 RETRIES = 6
 BACKOFF = 1.0  # the pauses are 0, 2, 4, 8 ... times this many seconds, or what the server asks for
 LONGEST_WAIT = 120
+GIVE_UP = 3  # questions in a row whose replies cannot be read
 BUSY = (429, 500, 502, 503, 504)
 
 
@@ -161,6 +172,9 @@ def connect(cfg: Config, secret: str) -> requests.Session:
         session.mount(scheme, HTTPAdapter(pool_maxsize=cfg.workers, max_retries=retry))
     if secret:
         session.headers["Authorization"] = f"Bearer {secret}"
+        if (urlsplit(cfg.url).hostname or "").endswith(".azure.com"):
+            session.headers["api-key"] = secret
+    session.limits = {"max_tokens": cfg.reply_tokens, "temperature": 0}  # as the server wants them
     # Without this, requests would send the password that ~/.netrc has for the host.
     session.auth = lambda request: request
     host = urlsplit(cfg.url).hostname
@@ -175,16 +189,17 @@ def hide(secret: str, text: str) -> str:
 def post(cfg: Config, session: requests.Session, secret: str, messages: list[dict]) -> bytes:
     """The body of a reply. Raises UserError if the server cannot be reached or refuses, after all
     retries."""
-    body = {"model": cfg.judge, "messages": messages, "temperature": 0,
-            "max_tokens": REPLY_TOKENS}
+    limits = session.limits
+    body = {"model": cfg.judge, "messages": messages, **limits}
+    query = urlsplit(cfg.url).query
     try:  # a redirect is not followed: the key would travel with it
-        response = session.post(f"{cfg.url.rstrip('/')}/chat/completions", json=body,
+        response = session.post(f"{cfg.address}/chat/completions", params=query, json=body,
                                 timeout=cfg.timeout, stream=True, allow_redirects=False)
     except (requests.RequestException, HTTPError) as error:  # its text may hold a proxy's password
         cause = error.args[0] if error.args else error
         reason = type(getattr(cause, "reason", error)).__name__
-        raise UserError(f"--url={cfg.url} does not answer ({reason}): is the address right, is the "
-                        f"server running, is --timeout={cfg.timeout:g} enough?") from None
+        raise UserError(f"--url={cfg.address} does not answer ({reason}): is the address right, is "
+                        f"the server running, is --timeout={cfg.timeout:g} enough?") from None
     with response:
         try:
             reply = b"".join(islice(response.iter_content(2**16), 16))  # 1 MiB at most
@@ -193,6 +208,9 @@ def post(cfg: Config, session: requests.Session, secret: str, messages: list[dic
     status = response.status_code
     if status == 200:
         return reply
+    if status in (400, 422) and (refused := refused_limit(limits, reply)):
+        session.limits = refused
+        return post(cfg, session, secret, messages)
     if status in (401, 403):  # what the server says may repeat the key
         why = f"it refuses the key in ${cfg.key_env}, or wants one there"
     elif 300 <= status < 400:
@@ -202,7 +220,18 @@ def post(cfg: Config, session: requests.Session, secret: str, messages: list[dic
     else:
         says = hide(secret, printable(reply))[:200]
         why = f"are the address and --judge={cfg.judge} right? It says: {says}"
-    raise UserError(f"--url={cfg.url} answers {status}: {why}")
+    raise UserError(f"--url={cfg.address} answers {status}: {why}")
+
+
+def refused_limit(limits: dict, reply: bytes) -> dict | None:
+    """The limits without the one that a server has refused, as newer models do: they want
+    max_completion_tokens, and no temperature. None if it is something else that it refuses."""
+    if b"max_completion_tokens" in reply and "max_tokens" in limits:
+        return {"temperature" if name == "temperature" else "max_completion_tokens": value
+                for name, value in limits.items()}
+    if b"temperature" in reply and "temperature" in limits:
+        return {name: value for name, value in limits.items() if name != "temperature"}
+    return None
 
 
 def printable(body: bytes) -> str:
@@ -214,34 +243,42 @@ def printable(body: bytes) -> str:
     return "".join(filter(str.isprintable, " ".join(text.split())))
 
 
-def read_reply(body: bytes) -> tuple[str, Counter]:
-    """The text of a reply, "" if the body is not a reply, and the tokens it took."""
+def read_reply(body: bytes) -> tuple[str, Counter, bool]:
+    """The text of a reply, "" if the body is not a reply, the tokens it took, and whether it was
+    cut off at --reply_tokens."""
     try:
         reply = json.loads(body)
         text = reply["choices"][0]["message"]["content"]
+        cut_off = reply["choices"][0].get("finish_reason") == "length"
         usage = reply.get("usage")
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return "", Counter()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return "", Counter(), False
+    if isinstance(text, list):  # in parts, as some servers have it
+        parts = [part.get("text") for part in text if isinstance(part, dict)]
+        text = "".join(part for part in parts if isinstance(part, str))
     counts = Counter()
     for name in TOKENS:
         n = usage.get(name) if isinstance(usage, dict) else None
         if type(n) is int and 0 <= n < 10**9:
             counts[name] = n
-    return text if isinstance(text, str) else "", counts
+    return text if isinstance(text, str) else "", counts, cut_off
 
 
 def ask(cfg: Config, session: requests.Session, secret: str, messages: list[dict]) -> dict:
     """The judge's marks, its reply and the tokens it took. The marks are None if --tries replies in
-    a row could not be read."""
+    a row could not be read, or if one was cut off, as another would be."""
     *before, last = messages
     used = Counter()
     for n in range(cfg.tries):  # at temperature 0 the same words would bring the same reply
         content = last["content"] + (ASK_AGAIN.format(n=n) if n else "")
-        text, usage = read_reply(post(cfg, session, secret, [*before, last | {"content": content}]))
+        body = post(cfg, session, secret, [*before, last | {"content": content}])
+        text, usage, cut_off = read_reply(body)
         used.update({"calls": 1} | usage)
-        if marks := read_marks(text):
+        marks = read_marks(text)
+        if marks or cut_off:
             break
-    return {"marks": marks, "reply": hide(secret, text)[:2000], "usage": used}
+    reply = hide(secret, text)[:2000]
+    return {"marks": marks, "reply": reply, "usage": used, "cut_off": cut_off}
 
 
 # ---- the cache of replies ---------------------------------------------------------------------
@@ -259,9 +296,12 @@ def read_cache(path: Path) -> tuple[dict[str, dict], int | None]:
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
+            good = min(entry["usage"].values()) >= 0
+            if entry["marks"] is None:  # it could not be read, and is asked again
+                continue
             first, second = entry["marks"]
             known[entry["key"]] = entry
-            good = 1 <= first <= 10 and 1 <= second <= 10 and min(entry["usage"].values()) >= 0
+            good = good and 1 <= first <= 10 and 1 <= second <= 10
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             good = False
         if not good:
@@ -289,9 +329,9 @@ def find_key(cfg: Config) -> str:
 def ask_all(cfg: Config, questions: dict[str, list[dict]], cache: Path, cut_at: int | None,
             known: dict) -> Counter:
     """Asks the questions, adds each reply to `known` and to the cache as it comes, and returns what
-    was used. After an error or a signal nothing more is asked, but what is on its way is kept: it
-    is paid for."""
-    secret, used, stop = find_key(cfg), Counter(), None
+    was used. After an error, a signal or GIVE_UP unreadable replies in a row nothing more is asked,
+    but what is on its way is kept: it is paid for."""
+    secret, used, stop, unreadable = find_key(cfg), Counter(), None, 0
     waiting, asked = list(questions), {}  # keys; future -> key, of the questions on their way
     cache.parent.mkdir(parents=True, exist_ok=True)
     with (connect(cfg, secret) as session, cache.open("ab") as file,
@@ -309,10 +349,19 @@ def ask_all(cfg: Config, questions: dict[str, list[dict]], cache: Path, cut_at: 
                     reply = future.result()
                     used.update(reply["usage"])
                     bar.update()
+                    cut_off = reply.pop("cut_off")
+                    entry = {"key": key, "judge": cfg.judge, **reply}
+                    file.write(json.dumps(entry).encode() + b"\n")
+                    file.flush()
+                    unreadable = 0 if reply["marks"] else unreadable + 1
                     if reply["marks"]:
-                        known[key] = {"key": key, "judge": cfg.judge, **reply}
-                        file.write(json.dumps(known[key]).encode() + b"\n")
-                        file.flush()
+                        known[key] = entry
+                    elif unreadable == GIVE_UP and waiting:
+                        waiting.clear()
+                        print(f"{GIVE_UP} replies in a row cannot be read, and no more are asked; "
+                              f"the last is {reply['reply'][:60]!r}" + (
+                                  f", cut off at --reply_tokens={cfg.reply_tokens}: does this "
+                                  "judge think first?" if cut_off else ""))
             except (UserError, OSError) as error:
                 stop = stop or error
             except (KeyboardInterrupt, Stopped) as signalled:
@@ -462,7 +511,7 @@ def main(cfg: Config) -> dict | None:
     known, cut_at = read_cache(cache)
     new = {key: messages for key, messages in questions.items() if key not in known}
     letters = sum(len(message["content"]) for messages in new.values() for message in messages)
-    tokens = letters // 4, REPLY_TOKENS * len(new)
+    tokens = letters // 4, cfg.reply_tokens * len(new)
     print(f"{len(pairs):,} comparisons in both orders: {len(questions):,} calls, {len(new):,} not "
           f"yet made, of about {tokens[0]:,} tokens in and at most {tokens[1]:,} out"
           f"{cfg.bill(*tokens)}, if every reply can be read", flush=True)
@@ -487,7 +536,8 @@ def main(cfg: Config) -> dict | None:
         show(cfg, results)
     if unscored > len(pairs) / 2:
         raise UserError(f"{unscored:,} of {len(pairs):,} comparisons have no marks: "
-                        f"--judge={cfg.judge} does not reply as asked")
+                        f"--judge={cfg.judge} does not reply as asked; what could be read is kept, "
+                        "and the same command asks for the rest")
     return results
 
 
@@ -497,7 +547,8 @@ def results_of(cfg: Config, marks: list[tuple], unscored: int, used: Counter) ->
               for row, forth, back in marks]
     _, prompts, mine, theirs = zip(*judged)
     leads = [lead for _, forth, back in marks for lead in (forth[0] - forth[1], back[1] - back[0])]
-    given = {name: getattr(cfg, name) for name in ("answers", "against", "judge", "url", "limit")}
+    given = {name: getattr(cfg, name) for name in ("answers", "against", "judge", "limit")}
+    given["url"] = cfg.address
     given["files"] = checksum(samples(cfg.answers))
     kind, other = ("pairwise", "other") if cfg.against else ("reference", "reference")
     return {"command": command(), "given": given, "kind": kind, **score(judged, bool(cfg.against)),

@@ -108,7 +108,9 @@ def config(server, tmp_path):
 
 
 def cached(cfg: Config) -> list[dict]:
-    return [json.loads(line) for line in (Path(cfg.answers) / "judgements.jsonl").read_text().splitlines()]
+    """The replies that could be read, and are not paid for twice."""
+    entries = [json.loads(line) for line in (Path(cfg.answers) / "judgements.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if entry["marks"]]
 
 
 # ---- marks ----------------------------------------------------------------------------------------------------------
@@ -120,6 +122,8 @@ def cached(cfg: Config) -> list[dict]:
     ("", None), ("8", None), ("8/10", None), ("8 7 6", None), ("0 5", None), ("5 11", None), ("-3 5", None),
     ("10.5 5", None), ("8/7", None), ("8-7", None), ("nan 5", None), ("eight seven", None), ("1e1 5", None),
     ("I give 8 7", None), ("Marks:\n8 7", None), ("Assistant 2: 7 Assistant 1: 8", None), ("٨ ٧", None),
+    ("<think>8 or 9?\n</think>\n\n8 7", (8, 7)), ("<Thinking>\n1 1</Thinking>8 7", (8, 7)), ("hm</think>\n8 7", (8, 7)),
+    ("<think>8 7", None), ("<think>8 7</think>", None), ("8 7 <think>no</think>", None),
     ("8" + " " * 10**6, None), ("8 " + "* " * 10**5 + "x", None)])
 def test_two_marks_on_the_first_line_or_none(reply, marks):
     """The form may vary. A third number, a word, or marks in the other order are refused. Any reply is read quickly."""
@@ -153,7 +157,7 @@ def test_the_score_by_hand(config, server, capsys):
     printed = capsys.readouterr().out
     assert "8 calls, 8 not yet made" in printed and "62.50" in printed and "43.75 to 100.00" in printed
     request = server.requests[0]
-    assert request["model"] == "j" and request["temperature"] == 0 and request["max_tokens"] == judge.REPLY_TOKENS
+    assert request["model"] == "j" and request["temperature"] == 0 and request["max_tokens"] == 32
     assert set(server.paths) == {"/v1/chat/completions"} and not any("Authorization" in h for h in server.headers)
 
 
@@ -306,7 +310,7 @@ def test_a_malformed_reply_is_asked_again_in_other_words(config, server):
 
 
 def test_comparisons_without_marks_are_left_out_and_counted(config, server, capsys):
-    """Marks in one order are not enough. No malformed reply is kept, so the next run asks again."""
+    """Marks in one order are not enough. A malformed reply is noted, but the next run asks again."""
     rule = server.rule
     server.rule = lambda messages: "no" if "assistant 1" in messages[1]["content"] and re.search(
         r"assistant 1 \w+ ===\nmark 3", messages[1]["content"]) else rule(messages)
@@ -329,11 +333,65 @@ def test_if_most_have_no_marks_the_results_are_written_and_an_error_says_so(conf
 @pytest.mark.parametrize("body", [
     b"", b"<html>", b"[]", b"null", b"{}", b'{"choices": []}', b'{"choices": {}}', b'{"choices": [{}]}', b"\xff\xfe",
     b'{"choices": [{"message": null}]}', b"[" * 10**5, b"9" * 10**5, completion(None), completion(["8 7"]),
+    completion([{"text": 3}]),
     completion("8 7")[:-9]])
 def test_what_is_no_reply_counts_as_one_that_cannot_be_read(config, server, body):
     server.always((200, {}, body))
     refused(lambda: judge.main(config(tries=1, limit=1)), "2 of 2 comparisons have no marks")
     assert not (Path(config().answers) / "judge-j.json").exists() and cached(config()) == []
+
+
+def test_a_judge_that_thinks_is_read_and_one_cut_off_is_told_apart(config, server, capsys):
+    """Its thoughts stand before the marks, or in a field of their own; a reply may come in parts. Where 32 tokens do
+    not suffice, asking the same again would be cut off again: three calls are paid for, not 24."""
+    apart = {"choices": [{"message": {"content": "3 4", "reasoning_content": "1 1"}}]}
+    server.replies = ["<think>\nBoth are good.\n</think>\n\n6 8",
+                      (200, {}, completion([{"type": "text", "text": "8 6"}])),
+                      (200, {}, json.dumps(apart).encode())]
+    assert judge.main(config(workers=1))["score"] == 62.5 and len(server.requests) == 8
+    cut = {"choices": [{"message": {"content": None, "reasoning_content": "Well"}, "finish_reason": "length"}]}
+    server.always((200, {}, json.dumps(cut).encode()))
+    server.requests.clear()
+    refused(lambda: judge.main(config(judge="k", workers=1)), "4 of 4 comparisons have no marks")
+    printed = capsys.readouterr().out
+    assert len(server.requests) == 3 and "cut off at --reply_tokens=32: does this judge think first?" in printed
+    judge.main(config(judge="k", reply_tokens=4096, dry_run=True))
+    assert f"at most {8 * 4096:,} out" in capsys.readouterr().out
+
+
+def test_after_a_few_unreadable_replies_in_a_row_no_more_are_paid_for(config, server, capsys, tmp_path):
+    rows = [answer(10, n, 1 + n % 9, 5) for n in range(20)]
+    folder = write(tmp_path / "many", rows)
+    rule, before = server.rule, 6
+    server.rule = lambda messages: rule(messages) if len(server.requests) <= before else "I cannot say."
+    refused(lambda: judge.main(config(answers=folder, workers=1)), "comparisons have no marks", "is kept")
+    assert len(server.requests) == before + 3 * 3 and "3 replies in a row cannot be read" in capsys.readouterr().out
+    assert "'I cannot say.'" in (tmp_path / "many" / "judgements.jsonl").read_text().replace('"', "'")
+    server.rule = rule
+    assert judge.main(config(answers=folder))["judged"] == 20 and len(server.requests) == before + 9 + 32
+
+
+def test_what_newer_models_refuse_is_left_out(config, server):
+    """max_tokens has another name there, and a temperature is refused."""
+    def says(text):
+        return 400, {}, json.dumps({"error": {"message": text}}).encode()
+
+    server.replies = [says("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."),
+                      says("Unsupported value: 'temperature' does not support 0. Only the default (1).")]
+    assert judge.main(config(workers=1, reply_tokens=99))["score"] == 62.5
+    limits = ("max_tokens", "max_completion_tokens", "temperature")
+    sent = [{key: request[key] for key in limits if key in request} for request in server.requests]
+    assert sent[0] == {"max_tokens": 99, "temperature": 0}
+    assert sent[1] == {"max_completion_tokens": 99, "temperature": 0}
+    assert sent[2:] == [{"max_completion_tokens": 99}] * 8
+    server.always(says("'temperature' and 'max_completion_tokens' are both wrong"))
+    refused(lambda: judge.main(config(judge="k", workers=1)), "answers 400")
+
+
+def test_an_address_may_have_a_query(config, server):
+    results = judge.main(config(url=f"{server.url}?api-version=2024-06-01"))
+    assert set(server.paths) == {"/v1/chat/completions?api-version=2024-06-01"}
+    assert results["given"]["url"] == server.url
 
 
 @pytest.mark.parametrize("headers", [{"Content-Length": "9999"}, {"Content-Encoding": "gzip"}])
