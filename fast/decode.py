@@ -28,6 +28,7 @@ import data
 from config import Machine, UserError
 from fast.packed import PackedLinear, frozen
 from model import GPT, KVCache
+from safe.runs import close_holes
 from sample import Rollout, inverse_cdf, mix, taken
 
 __all__ = ["PackedLinear", "by_turns", "captured", "frozen", "sample", "turns"]
@@ -101,6 +102,7 @@ def draw(models: list[GPT], prompts: list[list[int]], uniform: Tensor, m: Machin
     end = models[0].config.eos_token_id
     ends = rollout.response == end  # (B, T); a row may have gone on behind the first of them
     length = torch.where(ends.any(1), ends.int().argmax(1) + 1, ends.size(1))
+    close_holes()  # an update's tensors would not fit into those that the caches leave
     return rollout.finish(length, end)
 
 

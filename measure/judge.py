@@ -28,7 +28,7 @@ import numpy as np
 import requests
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, ProtocolError
 from urllib3.util import Retry
 
 from config import Stopped, UserError, check, command, flag, run
@@ -37,7 +37,8 @@ from safe.runs import checksum
 from safe.rows import parsed
 
 URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?(/[\w.~%/-]*)?"
-                 r"(\?[\w.~%=&-]+)?", re.I | re.A)
+                 r"(\?([\w.-]+=[\w.-]{1,24}&?)+)?", re.I | re.A)  # a key is longer, as a rule
+SECRETS = re.compile(r"\?.*(key|token|secret|sig|code|auth|pass)", re.I)
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ class Config:
     key_env: str = flag("OPENAI_API_KEY", "environment variable with the key, if one is needed")
     limit: int | None = flag(None, "use the first so many prompts only")
     reply_tokens: int = flag(32, "longest reply; a judge that thinks first needs 4096, say")
-    tries: int = flag(3, "how often to ask before an unreadable reply is given up")
+    tries: int = flag(3, "how often to ask a question whose reply cannot be read")
     workers: int = flag(4, "questions asked at a time")
     timeout: float = flag(60.0, "seconds to wait for a silent server")
     price_in: float | None = flag(None, "dollars for a million tokens read")
     price_out: float | None = flag(None, "dollars for a million tokens written")
-    max_cost: float | None = flag(None, "do not begin if the estimate is more dollars than this")
+    max_cost: float | None = flag(None, "do not begin if that may cost more dollars than this")
     dry_run: bool = flag(False, "print the number of calls, tokens and dollars, and stop")
     cache: str | None = flag(None, "file that keeps replies; default OUT/judgements.jsonl")
     out: str | None = flag(None, "folder for the results; default that of --answers")
@@ -70,11 +71,11 @@ class Config:
             raise UserError("give --judge, the model that judges, as in --judge=gpt-4")
         try:
             known = URL.fullmatch(self.url) and urlsplit(self.url).hostname
-            known = known and not re.search("key|token|secret|sig", urlsplit(self.url).query, re.I)
         except ValueError:  # there are brackets, but no IPv6 address in them
             known = False
-        if not known:  # neither the address nor the name below is repeated: they may hold a key
-            raise UserError("--url must look like http://host:8000/v1, perhaps with ?v=1, but "
+        # neither the address nor the name below is repeated: they may hold a key
+        if not known or SECRETS.search(self.url):
+            raise UserError("--url must look like http://host:8000/v1 or http://host/v1?version=1, "
                             "with no password, key or #; the key goes into the environment "
                             "variable that --key_env names")
         if not re.fullmatch("[A-Z_][A-Z0-9_]*", self.key_env):
@@ -86,7 +87,7 @@ class Config:
 
     @property
     def address(self) -> str:
-        return self.url.partition("?")[0].rstrip("/")
+        return self.url.partition("?")[0].rstrip("/").removesuffix("/chat/completions")
 
     def dollars(self, tokens_in: int, tokens_out: int) -> float | None:
         if self.price_in is None:
@@ -110,7 +111,8 @@ ASK = (
     "of assistant 1, a space and the mark of assistant 2: two numbers, and nothing else.")
 ASK_AGAIN = ("\nReply {n} could not be read. Its first line must hold two numbers from 1 to 10, "
              "and nothing else.")
-THOUGHTS = re.compile(r"^.*</(?:think|thinking|reasoning|thought)>", re.I | re.S)
+THOUGHTS = re.compile(r"^.*([<\[]/(think|thought|reason|analysis)\w*[>\]]|<\|channel\|>final"
+                      r"<\|message\|>)", re.I | re.S)
 TOKENS = ("prompt_tokens", "completion_tokens")
 
 
@@ -135,22 +137,27 @@ def labelled(n: int) -> str:
             r"([0-9]{1,2}(?:\.[0-9]+)?)(?:\s*/\s*10)?")
 
 
-MARKS = re.compile(rf"""[\s*"'`(\[]*{labelled(1)}[\s*]*[\s,;][\s*]*{labelled(2)}[\s*"'`)\].]*""",
-                   re.IGNORECASE)
+OPEN = r"""[\s*_#>"'`(\[]*"""
+MARKS = re.compile(rf"""{OPEN}(?:(?:mark|score|rating)s?[\s*]*[:=]{OPEN})?{labelled(1)}[\s*]*[\s,;]
+                        [\s*]*{labelled(2)}[\s*_"'`)\].]*""", re.IGNORECASE | re.VERBOSE)
 
 
-def read_marks(reply: str) -> tuple[float, float] | None:
-    """The two marks from 1 to 10 on the first line that is not empty, or None. What the judge has
-    thought before, up to </think>, does not count. A comma, "/10", quotes, stars and the
-    assistants' names in order are accepted. At any other word, or a third number, it is better to
-    ask again."""
-    reply = THOUGHTS.sub("", reply)
-    first = next(filter(None, map(str.strip, reply.splitlines())), "")
-    found = MARKS.fullmatch(first[:100])  # a longer line would keep the expression busy
-    if not found:
-        return None
-    marks = (float(found[1]), float(found[2]))
-    return marks if min(marks) >= 1 and max(marks) <= 10 else None
+def read_marks(reply: str, cut_off: bool = False) -> tuple[float, float] | None:
+    """The two marks from 1 to 10, or None. What the judge has thought, up to </think>, does not
+    count. The marks are on the first line, or on the last, or each has a line of its own. If the
+    reply was cut off, they are on the first line only, and another must follow: 1 may be half of
+    10. A comma, "/10", quotes, stars, the word "marks" and the assistants' names in order are
+    accepted. At any other word, a third number or "8/7", it is better to ask again."""
+    lines = [line.strip() for line in THOUGHTS.sub("", reply).splitlines() if line.strip()]
+    if cut_off:
+        lines = lines[:-1][:1]
+    for text in (*lines[:1], *lines[-1:], " ".join(lines)):
+        # a longer text would keep the expression busy
+        if len(text) <= 100 and (found := MARKS.fullmatch(text)):
+            marks = (float(found[1]), float(found[2]))
+            if min(marks) >= 1 and max(marks) <= 10:
+                return marks
+    return None
 
 
 # ---- the server -------------------------------------------------------------------------------
@@ -163,21 +170,22 @@ BUSY = (429, 500, 502, 503, 504)
 
 
 def connect(cfg: Config, secret: str) -> requests.Session:
-    retry = Retry(RETRIES, connect=3, read=3, other=0, status_forcelist=BUSY,
+    # A question that was sent may be paid for, even if no reply has come: read=0.
+    retry = Retry(RETRIES, connect=3, read=0, other=0, status_forcelist=BUSY,
                   backoff_factor=BACKOFF, allowed_methods=("POST",), raise_on_status=False)
     # A server may ask for hours. Older versions of urllib3 do not know this limit.
     retry.retry_after_max = LONGEST_WAIT
     session = requests.Session()
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(pool_maxsize=cfg.workers, max_retries=retry))
-    if secret:
+    host = urlsplit(cfg.url).hostname
+    if secret and host.endswith(".azure.com"):
+        session.headers["api-key"] = secret
+    elif secret:
         session.headers["Authorization"] = f"Bearer {secret}"
-        if (urlsplit(cfg.url).hostname or "").endswith(".azure.com"):
-            session.headers["api-key"] = secret
     session.limits = {"max_tokens": cfg.reply_tokens, "temperature": 0}  # as the server wants them
     # Without this, requests would send the password that ~/.netrc has for the host.
     session.auth = lambda request: request
-    host = urlsplit(cfg.url).hostname
     session.trust_env = host not in ("localhost", "127.0.0.1", "::1")  # these need no proxy
     return session
 
@@ -191,15 +199,18 @@ def post(cfg: Config, session: requests.Session, secret: str, messages: list[dic
     retries."""
     limits = session.limits
     body = {"model": cfg.judge, "messages": messages, **limits}
-    query = urlsplit(cfg.url).query
     try:  # a redirect is not followed: the key would travel with it
-        response = session.post(f"{cfg.address}/chat/completions", params=query, json=body,
-                                timeout=cfg.timeout, stream=True, allow_redirects=False)
+        response = session.post(f"{cfg.address}/chat/completions", json=body, stream=True,
+                                params=urlsplit(cfg.url).query, timeout=cfg.timeout,
+                                allow_redirects=False)
     except (requests.RequestException, HTTPError) as error:  # its text may hold a proxy's password
         cause = error.args[0] if error.args else error
-        reason = type(getattr(cause, "reason", error)).__name__
-        raise UserError(f"--url={cfg.address} does not answer ({reason}): is the address right, is "
-                        f"the server running, is --timeout={cfg.timeout:g} enough?") from None
+        reason = getattr(cause, "reason", error)
+        if isinstance(reason, ProtocolError):  # the connection broke off
+            return b""
+        raise UserError(f"--url={cfg.address} does not answer ({type(reason).__name__}): is the "
+                        "address right, is the server running, is "
+                        f"--timeout={cfg.timeout:g} enough?") from None
     with response:
         try:
             reply = b"".join(islice(response.iter_content(2**16), 16))  # 1 MiB at most
@@ -208,9 +219,12 @@ def post(cfg: Config, session: requests.Session, secret: str, messages: list[dic
     status = response.status_code
     if status == 200:
         return reply
-    if status in (400, 422) and (refused := refused_limit(limits, reply)):
-        session.limits = refused
-        return post(cfg, session, secret, messages)
+    if status in (400, 422):
+        if (others := other_limits(limits, reply)) != limits:
+            session.limits = others
+            return post(cfg, session, secret, messages)
+        if re.search(rb"content.(filter|policy)|context.length", reply, re.I):
+            return reply  # this question is not answered, but others may be
     if status in (401, 403):  # what the server says may repeat the key
         why = f"it refuses the key in ${cfg.key_env}, or wants one there"
     elif 300 <= status < 400:
@@ -223,15 +237,15 @@ def post(cfg: Config, session: requests.Session, secret: str, messages: list[dic
     raise UserError(f"--url={cfg.address} answers {status}: {why}")
 
 
-def refused_limit(limits: dict, reply: bytes) -> dict | None:
-    """The limits without the one that a server has refused, as newer models do: they want
-    max_completion_tokens, and no temperature. None if it is something else that it refuses."""
-    if b"max_completion_tokens" in reply and "max_tokens" in limits:
-        return {"temperature" if name == "temperature" else "max_completion_tokens": value
-                for name, value in limits.items()}
-    if b"temperature" in reply and "temperature" in limits:
-        return {name: value for name, value in limits.items() if name != "temperature"}
-    return None
+def other_limits(limits: dict, reply: bytes) -> dict:
+    """The limits without what the server has refused: newer models want max_completion_tokens
+    instead of max_tokens, and no temperature."""
+    limits = dict(limits)
+    if "max_tokens" in limits and re.search(b"max_(completion_)?tokens", reply):
+        limits["max_completion_tokens"] = limits.pop("max_tokens")
+    elif b"temperature" in reply:
+        limits.pop("temperature", None)
+    return limits
 
 
 def printable(body: bytes) -> str:
@@ -245,17 +259,17 @@ def printable(body: bytes) -> str:
 
 def read_reply(body: bytes) -> tuple[str, Counter, bool]:
     """The text of a reply, "" if the body is not a reply, the tokens it took, and whether it was
-    cut off at --reply_tokens."""
+    cut off. Some servers take a reply without thoughts for thoughts, or send it in parts."""
     try:
         reply = json.loads(body)
-        text = reply["choices"][0]["message"]["content"]
-        cut_off = reply["choices"][0].get("finish_reason") == "length"
-        usage = reply.get("usage")
+        choice, usage = reply["choices"][0], reply.get("usage")
+        names = ("content", "refusal", "reasoning_content", "reasoning")
+        text = next(filter(None, map(choice["message"].get, names)), "")
+        if isinstance(text, list):
+            text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
+        cut_off = choice.get("finish_reason") == "length"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return "", Counter(), False
-    if isinstance(text, list):  # in parts, as some servers have it
-        parts = [part.get("text") for part in text if isinstance(part, dict)]
-        text = "".join(part for part in parts if isinstance(part, str))
     counts = Counter()
     for name in TOKENS:
         n = usage.get(name) if isinstance(usage, dict) else None
@@ -264,21 +278,39 @@ def read_reply(body: bytes) -> tuple[str, Counter, bool]:
     return text if isinstance(text, str) else "", counts, cut_off
 
 
-def ask(cfg: Config, session: requests.Session, secret: str, messages: list[dict]) -> dict:
-    """The judge's marks, its reply and the tokens it took. The marks are None if --tries replies in
-    a row could not be read, or if one was cut off, as another would be."""
-    *before, last = messages
-    used = Counter()
-    for n in range(cfg.tries):  # at temperature 0 the same words would bring the same reply
-        content = last["content"] + (ASK_AGAIN.format(n=n) if n else "")
-        body = post(cfg, session, secret, [*before, last | {"content": content}])
-        text, usage, cut_off = read_reply(body)
-        used.update({"calls": 1} | usage)
-        marks = read_marks(text)
-        if marks or cut_off:
-            break
-    reply = hide(secret, text)[:2000]
-    return {"marks": marks, "reply": reply, "usage": used, "cut_off": cut_off}
+def ask(cfg: Config, session: requests.Session, secret: str, messages: list[dict],
+        before: dict | None) -> dict:
+    """The judge's marks, None if its reply cannot be read, and the reply with the tokens it took.
+    `before` holds the last reply to the same question, if it could not be read."""
+    *others, last = messages
+    if before and not before.get("cut_off"):  # the same words would bring the same reply
+        again = ASK_AGAIN.format(n=before["usage"]["calls"])
+        last = last | {"content": last["content"] + again}
+    body = post(cfg, session, secret, [*others, last])
+    text, usage, cut_off = read_reply(body)
+    marks = read_marks(text, cut_off)
+    return {"marks": marks, "reply": hide(secret, text or printable(body)),
+            "usage": Counter(calls=1) + usage,
+            "cut_off": cfg.reply_tokens if cut_off and not marks else 0}
+
+
+def settled(cfg: Config, entry: dict) -> bool:
+    """Whether a question is not asked again: it has its marks, or --tries of its replies could not
+    be read, or one was cut off at --reply_tokens, as another would be."""
+    if cut_off := entry.get("cut_off"):
+        return cut_off >= cfg.reply_tokens
+    return bool(entry["marks"]) or entry["usage"]["calls"] >= cfg.tries
+
+
+def complaint(cfg: Config, entry: dict) -> str:
+    """What is wrong with a reply that could not be read, and what to do."""
+    says = THOUGHTS.sub("", entry["reply"]).strip()[:60]
+    cut_off = entry.get("cut_off")
+    what = f"--judge={cfg.judge} does not reply as asked, but {says!r}"
+    if cut_off:
+        return (f"{what}, cut off at --reply_tokens={cut_off}: if it thinks first, give "
+                f"--reply_tokens={max(4096, 4 * cut_off)}")
+    return f"{what}; a larger --tries asks the same questions again"
 
 
 # ---- the cache of replies ---------------------------------------------------------------------
@@ -287,7 +319,7 @@ HEAD = b'{"key": "'  # each line of the cache begins with this
 
 
 def read_cache(path: Path) -> tuple[dict[str, dict], int | None]:
-    """The replies of earlier runs by their keys and, if the last line was cut off, the number of
+    """The last reply to each question of earlier runs, by its key, and, if the last line was cut off, the number of
     bytes before it."""
     if not path.exists():
         return {}, None
@@ -296,12 +328,9 @@ def read_cache(path: Path) -> tuple[dict[str, dict], int | None]:
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-            good = min(entry["usage"].values()) >= 0
-            if entry["marks"] is None:  # it could not be read, and is asked again
-                continue
-            first, second = entry["marks"]
+            first, second = entry["marks"] or (1, 1)  # None if the reply could not be read
             known[entry["key"]] = entry
-            good = good and 1 <= first <= 10 and 1 <= second <= 10
+            good = 1 <= first <= 10 and 1 <= second <= 10 and min(entry["usage"].values()) >= 0
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             good = False
         if not good:
@@ -329,9 +358,9 @@ def find_key(cfg: Config) -> str:
 def ask_all(cfg: Config, questions: dict[str, list[dict]], cache: Path, cut_at: int | None,
             known: dict) -> Counter:
     """Asks the questions, adds each reply to `known` and to the cache as it comes, and returns what
-    was used. After an error, a signal or GIVE_UP unreadable replies in a row nothing more is asked,
-    but what is on its way is kept: it is paid for."""
-    secret, used, stop, unreadable = find_key(cfg), Counter(), None, 0
+    was used. After an error, a signal or GIVE_UP questions in a row without marks nothing more is
+    asked, but what is on its way is kept: it is paid for."""
+    secret, used, stop, in_a_row = find_key(cfg), Counter(), None, 0
     waiting, asked = list(questions), {}  # keys; future -> key, of the questions on their way
     cache.parent.mkdir(parents=True, exist_ok=True)
     with (connect(cfg, secret) as session, cache.open("ab") as file,
@@ -343,25 +372,24 @@ def ask_all(cfg: Config, questions: dict[str, list[dict]], cache: Path, cut_at: 
             try:
                 while waiting and not stop and len(asked) < cfg.workers:
                     key = waiting.pop(0)
-                    asked[pool.submit(ask, cfg, session, secret, questions[key])] = key
+                    question = cfg, session, secret, questions[key], known.get(key)
+                    asked[pool.submit(ask, *question)] = key
                 for future in wait(asked, return_when=FIRST_COMPLETED).done:
                     key = asked.pop(future)
                     reply = future.result()
                     used.update(reply["usage"])
-                    bar.update()
-                    cut_off = reply.pop("cut_off")
-                    entry = {"key": key, "judge": cfg.judge, **reply}
-                    file.write(json.dumps(entry).encode() + b"\n")
+                    usage = Counter(known[key]["usage"] if key in known else {}) + reply["usage"]
+                    known[key] = {"key": key, "judge": cfg.judge, **reply, "usage": usage}
+                    file.write(json.dumps(known[key]).encode() + b"\n")
                     file.flush()
-                    unreadable = 0 if reply["marks"] else unreadable + 1
-                    if reply["marks"]:
-                        known[key] = entry
-                    elif unreadable == GIVE_UP and waiting:
-                        waiting.clear()
-                        print(f"{GIVE_UP} replies in a row cannot be read, and no more are asked; "
-                              f"the last is {reply['reply'][:60]!r}" + (
-                                  f", cut off at --reply_tokens={cfg.reply_tokens}: does this "
-                                  "judge think first?" if cut_off else ""))
+                    if not settled(cfg, known[key]):
+                        waiting.insert(0, key)
+                        continue
+                    bar.update()
+                    in_a_row = 0 if reply["marks"] else in_a_row + 1
+                    if in_a_row >= GIVE_UP and waiting:
+                        raise UserError(f"{in_a_row} questions in a row have no marks: "
+                                        + complaint(cfg, known[key]))
             except (UserError, OSError) as error:
                 stop = stop or error
             except (KeyboardInterrupt, Stopped) as signalled:
@@ -509,14 +537,18 @@ def main(cfg: Config) -> dict | None:
     out = Path(cfg.out or samples(cfg.answers).parent)
     cache = Path(cfg.cache or out / "judgements.jsonl")
     known, cut_at = read_cache(cache)
-    new = {key: messages for key, messages in questions.items() if key not in known}
-    letters = sum(len(message["content"]) for messages in new.values() for message in messages)
-    tokens = letters // 4, cfg.reply_tokens * len(new)
+    new = {key: messages for key, messages in questions.items()
+           if key not in known or not settled(cfg, known[key])}
+    size = sum(len(message["content"].encode()) for texts in new.values() for message in texts)
+    tokens = size // 4, cfg.reply_tokens * len(new)
+    most = [cfg.tries * (size + len(new) * len(ASK_AGAIN)) // 4, cfg.tries * tokens[1]]
     print(f"{len(pairs):,} comparisons in both orders: {len(questions):,} calls, {len(new):,} not "
           f"yet made, of about {tokens[0]:,} tokens in and at most {tokens[1]:,} out"
-          f"{cfg.bill(*tokens)}, if every reply can be read", flush=True)
-    if cfg.max_cost is not None and cfg.dollars(*tokens) > cfg.max_cost:
-        raise UserError(f"that may cost more than --max_cost={cfg.max_cost:g}: lower --limit")
+          f"{cfg.bill(*tokens)}; if replies cannot be read, at most {cfg.tries * len(new):,} calls"
+          f"{cfg.bill(*most)}", flush=True)
+    if cfg.max_cost is not None and cfg.dollars(*most) > cfg.max_cost:
+        raise UserError(f"that may cost more than --max_cost={cfg.max_cost:g}: lower --limit or "
+                        "--tries")
     if cfg.dry_run:
         return None
     spent = ask_all(cfg, new, cache, cut_at, known) if new else Counter()
@@ -525,8 +557,9 @@ def main(cfg: Config) -> dict | None:
           f"the server counts{cfg.bill(*tokens)}")
     marks = []  # of the row's answer and of the other, in each order
     for (row, _), forth, back in zip(pairs, keys[::2], keys[1::2]):
-        if forth in known and back in known:
-            marks.append((row, known[forth]["marks"], known[back]["marks"][::-1]))
+        both = [known[key]["marks"] for key in (forth, back) if key in known]
+        if len(both) == 2 and all(both):
+            marks.append((row, both[0], both[1][::-1]))
     unscored = len(pairs) - len(marks)
     results = None
     if marks:
@@ -535,9 +568,9 @@ def main(cfg: Config) -> dict | None:
         write_json(out / file_of(cfg), results)
         show(cfg, results)
     if unscored > len(pairs) / 2:
+        bad = next(known[key] for key in keys if not known[key]["marks"])
         raise UserError(f"{unscored:,} of {len(pairs):,} comparisons have no marks: "
-                        f"--judge={cfg.judge} does not reply as asked; what could be read is kept, "
-                        "and the same command asks for the rest")
+                        + complaint(cfg, bad))
     return results
 
 
