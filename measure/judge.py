@@ -28,7 +28,7 @@ import numpy as np
 import requests
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
-from urllib3.exceptions import HTTPError, ProtocolError
+from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
 from config import Stopped, UserError, check, command, flag, run
@@ -37,8 +37,7 @@ from safe.runs import checksum
 from safe.rows import parsed
 
 URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?(/[\w.~%/-]*)?"
-                 r"(\?([\w.-]+=[\w.-]{1,24}&?)+)?", re.I | re.A)  # a key is longer, as a rule
-SECRETS = re.compile(r"\?.*(key|token|secret|sig|code|auth|pass)", re.I)
+                 r"(\?(?!.*(key|token|secret|sig|code|auth|pass))[\w.~%=&-]+)?", re.I | re.A)
 
 
 @dataclass(frozen=True)
@@ -73,21 +72,15 @@ class Config:
             known = URL.fullmatch(self.url) and urlsplit(self.url).hostname
         except ValueError:  # there are brackets, but no IPv6 address in them
             known = False
-        # neither the address nor the name below is repeated: they may hold a key
-        if not known or SECRETS.search(self.url):
-            raise UserError("--url must look like http://host:8000/v1 or http://host/v1?version=1, "
-                            "with no password, key or #; the key goes into the environment "
-                            "variable that --key_env names")
+        if not known:  # neither the address nor the name below is repeated: they may hold a key
+            raise UserError("--url must look like http://host:8000/v1, with no password, key or #; "
+                            "the key goes into the environment variable that --key_env names")
         if not re.fullmatch("[A-Z_][A-Z0-9_]*", self.key_env):
             raise UserError("--key_env must be the name of an environment variable, in capitals")
         if (self.price_in is None) != (self.price_out is None):
             raise UserError("--price_in and --price_out go together")
         if self.max_cost is not None and self.price_in is None:
             raise UserError(f"--max_cost={self.max_cost:g} needs --price_in and --price_out")
-
-    @property
-    def address(self) -> str:
-        return self.url.partition("?")[0].rstrip("/").removesuffix("/chat/completions")
 
     def dollars(self, tokens_in: int, tokens_out: int) -> float | None:
         if self.price_in is None:
@@ -111,8 +104,7 @@ ASK = (
     "of assistant 1, a space and the mark of assistant 2: two numbers, and nothing else.")
 ASK_AGAIN = ("\nReply {n} could not be read. Its first line must hold two numbers from 1 to 10, "
              "and nothing else.")
-THOUGHTS = re.compile(r"^.*([<\[]/(think|thought|reason|analysis)\w*[>\]]|<\|channel\|>final"
-                      r"<\|message\|>)", re.I | re.S)
+THOUGHTS = re.compile(r"^.*[<\[]/(think|thought|reason|analysis)\w*[>\]]", re.I | re.S)
 TOKENS = ("prompt_tokens", "completion_tokens")
 
 
@@ -133,30 +125,26 @@ def question(instruction: str, input: str, first: str, second: str) -> list[dict
 
 
 def labelled(n: int) -> str:
-    return (rf"(?:(?:assistant|answer)\s*{n}[\s*]*[:=][\s*]*)?"
+    return (rf"(?:(?:(?:assistant|answer)\s*{n}|(?:mark|score)s?)[\s*]*[:=][\s*]*)?"
             r"([0-9]{1,2}(?:\.[0-9]+)?)(?:\s*/\s*10)?")
 
 
-OPEN = r"""[\s*_#>"'`(\[]*"""
-MARKS = re.compile(rf"""{OPEN}(?:(?:mark|score|rating)s?[\s*]*[:=]{OPEN})?{labelled(1)}[\s*]*[\s,;]
-                        [\s*]*{labelled(2)}[\s*_"'`)\].]*""", re.IGNORECASE | re.VERBOSE)
+MARKS = re.compile(
+    rf"""[\s*_#>"'`(\[]*{labelled(1)}[\s*]*[\s,;][\s*]*{labelled(2)}[\s*_"'`)\].]*""", re.I)
 
 
 def read_marks(reply: str, cut_off: bool = False) -> tuple[float, float] | None:
-    """The two marks from 1 to 10, or None. What the judge has thought, up to </think>, does not
-    count. The marks are on the first line, or on the last, or each has a line of its own. If the
-    reply was cut off, they are on the first line only, and another must follow: 1 may be half of
-    10. A comma, "/10", quotes, stars, the word "marks" and the assistants' names in order are
-    accepted. At any other word, a third number or "8/7", it is better to ask again."""
+    """The two marks from 1 to 10, or None. They are on the first line after the thoughts, on the
+    last, or on a line each. A comma, "/10", quotes, stars and the assistants' names in order are
+    accepted. At any other word, a third number, or "8/7", it is better to ask again. If the reply
+    was cut off, the first line counts, and not if it is the last: 1 may be the start of 10."""
     lines = [line.strip() for line in THOUGHTS.sub("", reply).splitlines() if line.strip()]
     if cut_off:
         lines = lines[:-1][:1]
     for text in (*lines[:1], *lines[-1:], " ".join(lines)):
-        # a longer text would keep the expression busy
-        if len(text) <= 100 and (found := MARKS.fullmatch(text)):
-            marks = (float(found[1]), float(found[2]))
-            if min(marks) >= 1 and max(marks) <= 10:
-                return marks
+        found = MARKS.fullmatch(text) if len(text) <= 100 else None  # a longer one takes long
+        if found and 1 <= float(found[1]) <= 10 and 1 <= float(found[2]) <= 10:
+            return float(found[1]), float(found[2])
     return None
 
 
@@ -198,19 +186,19 @@ def post(cfg: Config, session: requests.Session, secret: str, messages: list[dic
     """The body of a reply. Raises UserError if the server cannot be reached or refuses, after all
     retries."""
     limits = session.limits
+    place, _, query = cfg.url.partition("?")
+    address = place.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     body = {"model": cfg.judge, "messages": messages, **limits}
     try:  # a redirect is not followed: the key would travel with it
-        response = session.post(f"{cfg.address}/chat/completions", json=body, stream=True,
-                                params=urlsplit(cfg.url).query, timeout=cfg.timeout,
-                                allow_redirects=False)
+        response = session.post(address, params=query, json=body, timeout=cfg.timeout,
+                                stream=True, allow_redirects=False)
     except (requests.RequestException, HTTPError) as error:  # its text may hold a proxy's password
         cause = error.args[0] if error.args else error
-        reason = getattr(cause, "reason", error)
-        if isinstance(reason, ProtocolError):  # the connection broke off
+        reason = type(getattr(cause, "reason", error)).__name__
+        if reason == "ProtocolError":  # it hung up: the reply is lost, but may be paid for
             return b""
-        raise UserError(f"--url={cfg.address} does not answer ({type(reason).__name__}): is the "
-                        "address right, is the server running, is "
-                        f"--timeout={cfg.timeout:g} enough?") from None
+        raise UserError(f"--url={cfg.url} does not answer ({reason}): is the address right, is "
+                        f"the server running, is --timeout={cfg.timeout:g} enough?") from None
     with response:
         try:
             reply = b"".join(islice(response.iter_content(2**16), 16))  # 1 MiB at most
@@ -220,11 +208,13 @@ def post(cfg: Config, session: requests.Session, secret: str, messages: list[dic
     if status == 200:
         return reply
     if status in (400, 422):
-        if (others := other_limits(limits, reply)) != limits:
-            session.limits = others
-            return post(cfg, session, secret, messages)
         if re.search(rb"content.(filter|policy)|context.length", reply, re.I):
             return reply  # this question is not answered, but others may be
+        if (others := other_limits(limits, reply)) != limits:
+            if session.limits == limits:  # no other worker has found that out
+                session.limits = others
+                print(f"--judge={cfg.judge} refuses {limits}, so it is sent {others}")
+            return post(cfg, session, secret, messages)
     if status in (401, 403):  # what the server says may repeat the key
         why = f"it refuses the key in ${cfg.key_env}, or wants one there"
     elif 300 <= status < 400:
@@ -234,12 +224,11 @@ def post(cfg: Config, session: requests.Session, secret: str, messages: list[dic
     else:
         says = hide(secret, printable(reply))[:200]
         why = f"are the address and --judge={cfg.judge} right? It says: {says}"
-    raise UserError(f"--url={cfg.address} answers {status}: {why}")
+    raise UserError(f"--url={cfg.url} answers {status}: {why}")
 
 
 def other_limits(limits: dict, reply: bytes) -> dict:
-    """The limits without what the server has refused: newer models want max_completion_tokens
-    instead of max_tokens, and no temperature."""
+    """The limits as newer models want them, where the server has refused one of these."""
     limits = dict(limits)
     if "max_tokens" in limits and re.search(b"max_(completion_)?tokens", reply):
         limits["max_completion_tokens"] = limits.pop("max_tokens")
@@ -258,8 +247,9 @@ def printable(body: bytes) -> str:
 
 
 def read_reply(body: bytes) -> tuple[str, Counter, bool]:
-    """The text of a reply, "" if the body is not a reply, the tokens it took, and whether it was
-    cut off. Some servers take a reply without thoughts for thoughts, or send it in parts."""
+    """The text of a reply, "" if the body is not a reply, what it took, and whether it was cut off.
+    Some servers send the text in parts, or take all of it for thoughts."""
+    used = Counter(calls=1)
     try:
         reply = json.loads(body)
         choice, usage = reply["choices"][0], reply.get("usage")
@@ -269,48 +259,40 @@ def read_reply(body: bytes) -> tuple[str, Counter, bool]:
             text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
         cut_off = choice.get("finish_reason") == "length"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return "", Counter(), False
-    counts = Counter()
+        return "", used, False
     for name in TOKENS:
         n = usage.get(name) if isinstance(usage, dict) else None
         if type(n) is int and 0 <= n < 10**9:
-            counts[name] = n
-    return text if isinstance(text, str) else "", counts, cut_off
+            used[name] = n
+    return text if isinstance(text, str) else "", used, cut_off
 
 
 def ask(cfg: Config, session: requests.Session, secret: str, messages: list[dict],
         before: dict | None) -> dict:
-    """The judge's marks, None if its reply cannot be read, and the reply with the tokens it took.
+    """The judge's marks, None if its reply cannot be read, and the reply with what it took.
     `before` holds the last reply to the same question, if it could not be read."""
-    *others, last = messages
+    system, user = messages
     if before and not before.get("cut_off"):  # the same words would bring the same reply
-        again = ASK_AGAIN.format(n=before["usage"]["calls"])
-        last = last | {"content": last["content"] + again}
-    body = post(cfg, session, secret, [*others, last])
-    text, usage, cut_off = read_reply(body)
+        user = user | {"content": user["content"] + ASK_AGAIN.format(n=before["usage"]["calls"])}
+    body = post(cfg, session, secret, [system, user])
+    text, used, cut_off = read_reply(body)
     marks = read_marks(text, cut_off)
-    return {"marks": marks, "reply": hide(secret, text or printable(body)),
-            "usage": Counter(calls=1) + usage,
+    return {"marks": marks, "reply": hide(secret, text or printable(body)), "usage": used,
             "cut_off": cfg.reply_tokens if cut_off and not marks else 0}
 
 
 def settled(cfg: Config, entry: dict) -> bool:
-    """Whether a question is not asked again: it has its marks, or --tries of its replies could not
-    be read, or one was cut off at --reply_tokens, as another would be."""
-    if cut_off := entry.get("cut_off"):
-        return cut_off >= cfg.reply_tokens
+    """Whether a question has its marks, or has had all the tries and tokens that it may have."""
+    if entry.get("cut_off"):
+        return entry["cut_off"] >= cfg.reply_tokens
     return bool(entry["marks"]) or entry["usage"]["calls"] >= cfg.tries
 
 
 def complaint(cfg: Config, entry: dict) -> str:
-    """What is wrong with a reply that could not be read, and what to do."""
-    says = THOUGHTS.sub("", entry["reply"]).strip()[:60]
-    cut_off = entry.get("cut_off")
-    what = f"--judge={cfg.judge} does not reply as asked, but {says!r}"
-    if cut_off:
-        return (f"{what}, cut off at --reply_tokens={cut_off}: if it thinks first, give "
-                f"--reply_tokens={max(4096, 4 * cut_off)}")
-    return f"{what}; a larger --tries asks the same questions again"
+    """What is wrong with a reply that has no marks."""
+    wrong = f"--judge={cfg.judge} does not reply as asked: {entry.get('reply', '')[:60]!r}"
+    cut_off = f"{wrong} was cut off; does it think first? Try --reply_tokens=4096"
+    return cut_off if entry.get("cut_off") else wrong
 
 
 # ---- the cache of replies ---------------------------------------------------------------------
@@ -319,8 +301,8 @@ HEAD = b'{"key": "'  # each line of the cache begins with this
 
 
 def read_cache(path: Path) -> tuple[dict[str, dict], int | None]:
-    """The last reply to each question of earlier runs, by its key, and, if the last line was cut off, the number of
-    bytes before it."""
+    """The last replies of earlier runs by the keys of their questions and, if the last line was cut
+    off, the number of bytes before it."""
     if not path.exists():
         return {}, None
     *lines, rest = path.read_bytes().split(b"\n")
@@ -331,6 +313,7 @@ def read_cache(path: Path) -> tuple[dict[str, dict], int | None]:
             first, second = entry["marks"] or (1, 1)  # None if the reply could not be read
             known[entry["key"]] = entry
             good = 1 <= first <= 10 and 1 <= second <= 10 and min(entry["usage"].values()) >= 0
+            good = good and entry["usage"]["calls"] > 0 and entry.get("cut_off", 0) >= 0
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             good = False
         if not good:
@@ -372,14 +355,14 @@ def ask_all(cfg: Config, questions: dict[str, list[dict]], cache: Path, cut_at: 
             try:
                 while waiting and not stop and len(asked) < cfg.workers:
                     key = waiting.pop(0)
-                    question = cfg, session, secret, questions[key], known.get(key)
-                    asked[pool.submit(ask, *question)] = key
+                    before = known.get(key)
+                    asked[pool.submit(ask, cfg, session, secret, questions[key], before)] = key
                 for future in wait(asked, return_when=FIRST_COMPLETED).done:
                     key = asked.pop(future)
                     reply = future.result()
                     used.update(reply["usage"])
-                    usage = Counter(known[key]["usage"] if key in known else {}) + reply["usage"]
-                    known[key] = {"key": key, "judge": cfg.judge, **reply, "usage": usage}
+                    reply["usage"] += Counter(known.get(key, {}).get("usage"))
+                    known[key] = {"key": key, "judge": cfg.judge, **reply}
                     file.write(json.dumps(known[key]).encode() + b"\n")
                     file.flush()
                     if not settled(cfg, known[key]):
@@ -541,14 +524,13 @@ def main(cfg: Config) -> dict | None:
            if key not in known or not settled(cfg, known[key])}
     size = sum(len(message["content"].encode()) for texts in new.values() for message in texts)
     tokens = size // 4, cfg.reply_tokens * len(new)
-    most = [cfg.tries * (size + len(new) * len(ASK_AGAIN)) // 4, cfg.tries * tokens[1]]
     print(f"{len(pairs):,} comparisons in both orders: {len(questions):,} calls, {len(new):,} not "
           f"yet made, of about {tokens[0]:,} tokens in and at most {tokens[1]:,} out"
-          f"{cfg.bill(*tokens)}; if replies cannot be read, at most {cfg.tries * len(new):,} calls"
-          f"{cfg.bill(*most)}", flush=True)
-    if cfg.max_cost is not None and cfg.dollars(*most) > cfg.max_cost:
-        raise UserError(f"that may cost more than --max_cost={cfg.max_cost:g}: lower --limit or "
-                        "--tries")
+          f"{cfg.bill(*tokens)}, and up to {cfg.tries} times that if replies cannot be read",
+          flush=True)
+    if cfg.max_cost is not None and cfg.tries * cfg.dollars(*tokens) > cfg.max_cost:
+        raise UserError(f"{cfg.tries} times that is more than --max_cost={cfg.max_cost:g}: lower "
+                        "--limit or --tries")
     if cfg.dry_run:
         return None
     spent = ask_all(cfg, new, cache, cut_at, known) if new else Counter()
@@ -557,13 +539,12 @@ def main(cfg: Config) -> dict | None:
           f"the server counts{cfg.bill(*tokens)}")
     marks = []  # of the row's answer and of the other, in each order
     for (row, _), forth, back in zip(pairs, keys[::2], keys[1::2]):
-        both = [known[key]["marks"] for key in (forth, back) if key in known]
-        if len(both) == 2 and all(both):
-            marks.append((row, both[0], both[1][::-1]))
+        if known[forth]["marks"] and known[back]["marks"]:
+            marks.append((row, known[forth]["marks"], known[back]["marks"][::-1]))
     unscored = len(pairs) - len(marks)
     results = None
     if marks:
-        used = sum((Counter(known[key]["usage"]) for key in set(keys) & known.keys()), Counter())
+        used = sum((Counter(known[key]["usage"]) for key in set(keys)), Counter())
         results = results_of(cfg, marks, unscored, used)
         write_json(out / file_of(cfg), results)
         show(cfg, results)
@@ -580,8 +561,7 @@ def results_of(cfg: Config, marks: list[tuple], unscored: int, used: Counter) ->
               for row, forth, back in marks]
     _, prompts, mine, theirs = zip(*judged)
     leads = [lead for _, forth, back in marks for lead in (forth[0] - forth[1], back[1] - back[0])]
-    given = {name: getattr(cfg, name) for name in ("answers", "against", "judge", "limit")}
-    given["url"] = cfg.address
+    given = {name: getattr(cfg, name) for name in ("answers", "against", "judge", "url", "limit")}
     given["files"] = checksum(samples(cfg.answers))
     kind, other = ("pairwise", "other") if cfg.against else ("reference", "reference")
     return {"command": command(), "given": given, "kind": kind, **score(judged, bool(cfg.against)),

@@ -57,6 +57,9 @@ def server():
             here.headers.append(dict(self.headers))
             here.paths.append(self.path)
             status, headers, reply = here.answer(json.loads(body))
+            if not status:  # it hangs up
+                self.close_connection = True
+                return
             self.send_response(status)
             for name, value in ({"Content-Length": str(len(reply))} | headers).items():
                 self.send_header(name, value)
@@ -121,13 +124,27 @@ def cached(cfg: Config) -> list[dict]:
     ("Assistant 1: 8 Assistant 2: 7", (8, 7)), ("**Assistant 1:** 8/10, **assistant 2:** 7/10", (8, 7)),
     ("", None), ("8", None), ("8/10", None), ("8 7 6", None), ("0 5", None), ("5 11", None), ("-3 5", None),
     ("10.5 5", None), ("8/7", None), ("8-7", None), ("nan 5", None), ("eight seven", None), ("1e1 5", None),
-    ("I give 8 7", None), ("Marks:\n8 7", None), ("Assistant 2: 7 Assistant 1: 8", None), ("٨ ٧", None),
+    ("I give 8 7", None), ("Assistant 2: 7 Assistant 1: 8", None), ("٨ ٧", None),
     ("<think>8 or 9?\n</think>\n\n8 7", (8, 7)), ("<Thinking>\n1 1</Thinking>8 7", (8, 7)), ("hm</think>\n8 7", (8, 7)),
     ("<think>8 7", None), ("<think>8 7</think>", None), ("8 7 <think>no</think>", None),
+    ("[THINK]2 2[/THINK]8 7", (8, 7)), ("<reasoning>\n1 1\n</reasoning>\n## 8 7", (8, 7)), ("<think>\n8 7\nOr", None),
+    ("Marks:\n8 7", (8, 7)), ("The first is better, hence:\n\n**8 7**\n", (8, 7)), ("8\n7", (8, 7)), ("__8__ 7", None),
+    ("Assistant 1: 8\nAssistant 2: 7", (8, 7)), ("Assistant 2: 8\nAssistant 1: 7", None), ("```\n8 7\n```", (8, 7)),
+    ("Score: 8 7", (8, 7)), ("**Marks:** 8, 7", (8, 7)), ("Score: 8 / 7", None), ("**8** **7**", (8, 7)),
+    ("8 7\nOr else:\n7 8", (8, 7)), ("First:\n8 7 6\nor so", None),
     ("8" + " " * 10**6, None), ("8 " + "* " * 10**5 + "x", None)])
 def test_two_marks_on_the_first_line_or_none(reply, marks):
-    """The form may vary. A third number, a word, or marks in the other order are refused. Any reply is read quickly."""
+    """The form may vary, and thoughts do not count. A third number, a word, or marks in the other order are refused.
+    Any reply is read quickly."""
     assert read_marks(reply) == marks
+
+
+@pytest.mark.parametrize("reply, marks", [
+    ("8 1", None), ("8 10\nThe first is", (8, 10)), ("<think>no</think>8 1", None), ("The first is better:\n8 1", None),
+    ("Well,\n8 7\nor", None)])
+def test_of_a_reply_that_was_cut_off_the_last_line_is_not_read(reply, marks):
+    """8 1 may be the beginning of 8 10. Only marks on the first line cannot be a thought."""
+    assert read_marks(reply, cut_off=True) == marks
 
 
 def test_an_answer_cannot_end_itself():
@@ -270,7 +287,9 @@ def test_a_reply_cut_off_in_the_cache_is_asked_again(config, server):
 
 
 @pytest.mark.parametrize("text", ["[]\n", "no\n", '{"key": "a", "marks": [8, 11], "usage": {"calls": 1}}\n', "abc",
-                                  '{"key": "a", "marks": [8], "usage": {"calls": 1}}\n', '{"seed": 3}'])
+                                  '{"key": "a", "marks": [8], "usage": {"calls": 1}}\n', '{"seed": 3}',
+                                  '{"key": "a", "marks": null, "usage": {"prompt_tokens": 1}}\n',
+                                  '{"key": "a", "marks": null, "usage": {"calls": 1}, "cut_off": "yes"}\n'])
 def test_a_file_that_is_no_cache_is_left_alone(config, tmp_path, text):
     (tmp_path / "file").write_text(text)
     refused(lambda: judge.main(config(cache=str(tmp_path / "file"))), str(tmp_path / "file"), "another --cache")
@@ -285,14 +304,24 @@ def test_a_dry_run_tells_the_cost_and_asks_nothing(config, server, capsys, tmp_p
         *question(row["instruction"], "", row["references"][0], row["answer"])])
     tokens = text // 4
     dollars = (tokens * 10 + 8 * 32 * 1000) / 10**6
-    assert f"about {tokens:,} tokens in and at most 256 out, ${dollars:.4g}" in capsys.readouterr().out
+    estimate = f"about {tokens:,} tokens in and at most 256 out, ${dollars:.4g}"
+    assert f"{estimate}, and up to 3 times that if replies cannot be read" in capsys.readouterr().out
     assert server.requests == [] and sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_estimate_of_other_scripts_is_not_too_low(config, capsys, tmp_path):
+    """A Chinese letter is about a token, not a quarter of one."""
+    folder = write(tmp_path / "chinese", [answer(10, 0, 6, 8, answer="好" * 10**4)])
+    judge.main(config(answers=folder, dry_run=True))
+    tokens = int(re.search(r"about ([\d,]+) tokens in", capsys.readouterr().out)[1].replace(",", ""))
+    assert 15_000 < tokens < 17_000  # it stands in two questions
+
+
 def test_an_estimate_over_max_cost_is_refused(config, server):
-    prices = dict(price_in=10.0, price_out=1000.0)
-    refused(lambda: judge.main(config(max_cost=0.1, **prices)), "--max_cost=0.1", "--limit")
-    assert server.requests == []
+    """It would be no promise if it did not count the calls for replies that cannot be read."""
+    prices = dict(price_in=10.0, price_out=1000.0)  # $0.27 if all can be read
+    refused(lambda: judge.main(config(max_cost=0.5, **prices)), "3 times that is more than --max_cost=0.5", "--tries")
+    assert server.requests == [] and judge.main(config(max_cost=0.5, tries=1, dry_run=True, **prices)) is None
     results = judge.main(config(max_cost=5.0, **prices))
     assert results["dollars"] == pytest.approx((800 * 10 + 24 * 1000) / 10**6)
 
@@ -310,69 +339,120 @@ def test_a_malformed_reply_is_asked_again_in_other_words(config, server):
 
 
 def test_comparisons_without_marks_are_left_out_and_counted(config, server, capsys):
-    """Marks in one order are not enough. A malformed reply is noted, but the next run asks again."""
+    """Marks in one order are not enough. Nothing is asked twice, unless --tries allows for more."""
     rule = server.rule
-    server.rule = lambda messages: "no" if "assistant 1" in messages[1]["content"] and re.search(
-        r"assistant 1 \w+ ===\nmark 3", messages[1]["content"]) else rule(messages)
+    server.rule = lambda messages: "no" if re.search(r"assistant 1 \w+ ===\nmark 3", messages[1]["content"]) else (
+        rule(messages))
     results = judge.main(config(tries=2))
     assert (results["judged"], results["unscored"]) == (3, 1) and len(server.requests) == 9
     assert results["score_by_seed"] == {"10": 75.0, "20": 50.0} and len(cached(config())) == 7
-    assert "1 without marks" in capsys.readouterr().out
+    assert results["usage"]["calls"] == 9 and "1 without marks" in capsys.readouterr().out
     server.rule = rule
+    assert judge.main(config(tries=2)) == results and len(server.requests) == 9
     assert judge.main(config())["unscored"] == 0 and len(server.requests) == 10
+    assert "Reply 2 could not be read" in server.requests[-1]["messages"][1]["content"]
 
 
 def test_if_most_have_no_marks_the_results_are_written_and_an_error_says_so(config, server):
     rule = server.rule
-    server.rule = lambda messages: rule(messages) if "mark 6" in messages[1]["content"] else "no"
-    refused(lambda: judge.main(config()), "3 of 4 comparisons have no marks", "--judge=j does not reply as asked")
+    server.rule = lambda messages: "no" if re.search(r"assistant 1 \w+ ===\nmark [315]", messages[1]["content"]) else (
+        rule(messages))
+    words = "3 of 4 comparisons have no marks: --judge=j does not reply as asked: 'no'"
+    refused(lambda: judge.main(config(workers=1)), words)
     written = json.loads((Path(config().answers) / "judge-j.json").read_text())
-    assert written["score"] == 75.0 and written["unscored"] == 3
+    assert written["score"] == 75.0 and written["unscored"] == 3 and written["usage"]["calls"] == 5 + 3 * 3
 
 
 @pytest.mark.parametrize("body", [
     b"", b"<html>", b"[]", b"null", b"{}", b'{"choices": []}', b'{"choices": {}}', b'{"choices": [{}]}', b"\xff\xfe",
     b'{"choices": [{"message": null}]}', b"[" * 10**5, b"9" * 10**5, completion(None), completion(["8 7"]),
-    completion([{"text": 3}]),
-    completion("8 7")[:-9]])
+    completion([{"text": 3}]), completion([{"type": "thinking", "text": "8 7"}]), completion("8 7")[:-9]])
 def test_what_is_no_reply_counts_as_one_that_cannot_be_read(config, server, body):
     server.always((200, {}, body))
-    refused(lambda: judge.main(config(tries=1, limit=1)), "2 of 2 comparisons have no marks")
+    refused(lambda: judge.main(config(tries=1, limit=1, workers=4)), "2 of 2 comparisons have no marks")
     assert not (Path(config().answers) / "judge-j.json").exists() and cached(config()) == []
 
 
-def test_a_judge_that_thinks_is_read_and_one_cut_off_is_told_apart(config, server, capsys):
-    """Its thoughts stand before the marks, or in a field of their own; a reply may come in parts. Where 32 tokens do
-    not suffice, asking the same again would be cut off again: three calls are paid for, not 24."""
-    apart = {"choices": [{"message": {"content": "3 4", "reasoning_content": "1 1"}}]}
-    server.replies = ["<think>\nBoth are good.\n</think>\n\n6 8",
-                      (200, {}, completion([{"type": "text", "text": "8 6"}])),
-                      (200, {}, json.dumps(apart).encode())]
+def message(finish: str = "stop", **fields) -> tuple[int, dict, bytes]:
+    return 200, {}, json.dumps({"choices": [{"message": fields, "finish_reason": finish}]}).encode()
+
+
+def test_a_judge_that_thinks_is_read(config, server):
+    """Its thoughts stand before the marks, or in a field of their own. A reply may come in parts. Some servers take a
+    reply without thoughts for one (vLLM's issue 17349)."""
+    server.replies = ["<think>\nBoth are good.\n</think>\n\n6 8", message(content=[{"type": "text", "text": "8 6"}]),
+                      message(content="3 4", reasoning_content="1 1"), message(content=None, reasoning_content="4 3"),
+                      message(content="", reasoning="1 8")]
     assert judge.main(config(workers=1))["score"] == 62.5 and len(server.requests) == 8
-    cut = {"choices": [{"message": {"content": None, "reasoning_content": "Well"}, "finish_reason": "length"}]}
-    server.always((200, {}, json.dumps(cut).encode()))
-    server.requests.clear()
-    refused(lambda: judge.main(config(judge="k", workers=1)), "4 of 4 comparisons have no marks")
-    printed = capsys.readouterr().out
-    assert len(server.requests) == 3 and "cut off at --reply_tokens=32: does this judge think first?" in printed
-    judge.main(config(judge="k", reply_tokens=4096, dry_run=True))
-    assert f"at most {8 * 4096:,} out" in capsys.readouterr().out
 
 
-def test_after_a_few_unreadable_replies_in_a_row_no_more_are_paid_for(config, server, capsys, tmp_path):
-    rows = [answer(10, n, 1 + n % 9, 5) for n in range(20)]
-    folder = write(tmp_path / "many", rows)
-    rule, before = server.rule, 6
-    server.rule = lambda messages: rule(messages) if len(server.requests) <= before else "I cannot say."
-    refused(lambda: judge.main(config(answers=folder, workers=1)), "comparisons have no marks", "is kept")
-    assert len(server.requests) == before + 3 * 3 and "3 replies in a row cannot be read" in capsys.readouterr().out
-    assert "'I cannot say.'" in (tmp_path / "many" / "judgements.jsonl").read_text().replace('"', "'")
+def test_a_reply_that_was_cut_off_is_asked_for_again_only_if_it_may_be_longer(config, server):
+    """Three calls are paid for, not 24, and the advice helps: the same words are asked again with more room."""
+    rule = server.rule
+    server.always(message("length", content=None, reasoning_content="Well"))
+    advice = ["3 questions in a row have no marks", "'Well' was cut off", "--reply_tokens=4096", "3 replies are kept"]
+    refused(lambda: judge.main(config(workers=1)), *advice)
+    assert len(server.requests) == 3
+    before, server.rule = [request["messages"] for request in server.requests], rule
+    results = judge.main(config(workers=1, reply_tokens=4096))
+    assert results["score"] == 62.5 and results["usage"]["calls"] == 11 == len(server.requests)
+    assert [request["messages"] for request in server.requests[3:6]] == before
+    assert {request["max_tokens"] for request in server.requests[3:]} == {4096}
+
+
+def test_after_a_few_questions_without_marks_no_more_are_paid_for(config, server, tmp_path):
+    """20 unreadable replies once cost 120 calls. What was paid for is kept, so the same command goes on behind it."""
+    folder = write(tmp_path / "many", [answer(10, n, 1 + n % 9, 5) for n in range(20)])  # 38 questions
+    rule, refusal = server.rule, message(content=None, refusal="I can't judge.")
+    server.rule = lambda messages: rule(messages) if len(server.requests) <= 6 else refusal
+    words = ["3 questions in a row have no marks", "does not reply as asked: \"I can't judge.\"", "9 replies are kept"]
+    refused(lambda: judge.main(config(answers=folder, workers=1)), *words)
+    assert len(server.requests) == 6 + 3 * 3 and not (tmp_path / "many" / "judge-j.json").exists()
     server.rule = rule
-    assert judge.main(config(answers=folder))["judged"] == 20 and len(server.requests) == before + 9 + 32
+    results = judge.main(config(answers=folder))
+    assert (results["judged"], results["unscored"]) == (18, 2) and len(server.requests) == 15 + 29
+    assert judge.main(config(answers=folder, tries=4))["judged"] == 20 and len(server.requests) == 15 + 29 + 3
 
 
-def test_what_newer_models_refuse_is_left_out(config, server):
-    """max_tokens has another name there, and a temperature is refused."""
+def test_an_unreadable_reply_is_kept_before_the_next_is_asked_for(config, server):
+    """The server fails after it. The next run goes on with the second try, and the whole reply is in the file."""
+    rule, long = server.rule, "Let me think. " * 999
+    server.replies = [long]
+    server.always((404, {}, b""))
+    refused(lambda: judge.main(config(workers=1)), "answers 404", "1 replies are kept")
+    kept = json.loads((Path(config().answers) / "judgements.jsonl").read_text())
+    assert kept["marks"] is None and kept["reply"] == long and kept["usage"]["completion_tokens"] == 3
+    server.rule = rule
+    assert judge.main(config(workers=1))["usage"]["calls"] == 9 and len(server.requests) == 10
+    assert "Reply 1 could not be read" in server.requests[2]["messages"][1]["content"]
+
+
+def test_replies_kept_by_earlier_versions_are_not_paid_for_again(config, server):
+    """These had no "cut_off", and for a while unreadable replies without it."""
+    results = judge.main(config())
+    path = Path(config().answers) / "judgements.jsonl"
+    names = ("key", "judge", "marks", "reply", "usage")
+    entries = [{name: entry[name] for name in names} for entry in cached(config())]
+    given_up = dict(entries[0], marks=None, reply="no", usage={"calls": 3})
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in [given_up, *entries]))
+    assert judge.main(config()) == results and len(server.requests) == 8
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in [given_up, *entries[1:]]))
+    assert judge.main(config())["unscored"] == 1 and len(server.requests) == 8
+
+
+@pytest.mark.parametrize("error", [
+    {"message": "The prompt was filtered", "code": "content_filter"},
+    {"message": "max_tokens is too large: this model's maximum context length is 99"}])
+def test_a_question_that_the_server_refuses_does_not_end_the_run(config, server, error):
+    """Each later run would end there, too. The limits are not what is wrong, so they stay as they are."""
+    server.replies = [(400, {}, json.dumps({"error": error}).encode())] * 3
+    assert judge.main(config(workers=1))["unscored"] == 1 and len(server.requests) == 10
+    assert {request["max_tokens"] for request in server.requests} == {32}
+    assert error["message"] in (Path(config().answers) / "judgements.jsonl").read_text()
+
+
+def test_what_newer_models_refuse_is_left_out(config, server, capsys):
+    """max_tokens has another name there, and a temperature is refused. That is found out once, and said."""
     def says(text):
         return 400, {}, json.dumps({"error": {"message": text}}).encode()
 
@@ -384,20 +464,44 @@ def test_what_newer_models_refuse_is_left_out(config, server):
     assert sent[0] == {"max_tokens": 99, "temperature": 0}
     assert sent[1] == {"max_completion_tokens": 99, "temperature": 0}
     assert sent[2:] == [{"max_completion_tokens": 99}] * 8
+    assert "so it is sent {'max_completion_tokens': 99}\n" in capsys.readouterr().out
     server.always(says("'temperature' and 'max_completion_tokens' are both wrong"))
     refused(lambda: judge.main(config(judge="k", workers=1)), "answers 400")
 
 
-def test_an_address_may_have_a_query(config, server):
-    results = judge.main(config(url=f"{server.url}?api-version=2024-06-01"))
-    assert set(server.paths) == {"/v1/chat/completions?api-version=2024-06-01"}
-    assert results["given"]["url"] == server.url
+def test_what_one_worker_has_found_out_the_others_know(config, server, capsys):
+    answers, names = server.answer, ("max_tokens", "temperature")
+
+    def picky(request):
+        refused = [name for name in names if name in request]
+        time.sleep(0.05)  # all workers have asked by now
+        return (400, {}, f"unsupported: {refused[0]}".encode()) if refused else answers(request)
+
+    server.answer = picky
+    assert judge.main(config(workers=8))["score"] == 62.5
+    assert len(server.requests) == 8 and capsys.readouterr().out.count("refuses") < 8
+
+
+def test_an_address_may_have_a_query_or_be_complete(config, server):
+    """Azure's has both, and its key has a header of its own."""
+    judge.main(config(url=f"{server.url}?api-version=2024-06-01"))
+    judge.main(config(url=f"{server.url}/chat/completions?api-version=2024-06-01", judge="k"))
+    assert set(server.paths) == {"/v1/chat/completions?api-version=2024-06-01"} and len(server.paths) == 16
+    headers = judge.connect(config(url="https://me.openai.azure.com/openai/deployments/j?api-version=1"), KEY).headers
+    assert headers["api-key"] == KEY and "Authorization" not in headers
 
 
 @pytest.mark.parametrize("headers", [{"Content-Length": "9999"}, {"Content-Encoding": "gzip"}])
 def test_a_reply_cut_off_on_its_way_is_asked_again(config, server, headers):
     """The body is shorter than announced, or not encoded as announced."""
     server.replies = [(200, headers, completion("8 7"))]
+    results = judge.main(config(workers=1))
+    assert len(server.requests) == 9 and results["usage"]["calls"] == 9 and results["score"] == 62.5
+
+
+def test_a_server_that_hangs_up_is_asked_again_and_it_counts(config, server):
+    """The reply may have been paid for."""
+    server.replies = [(None, {}, b"")]
     results = judge.main(config(workers=1))
     assert len(server.requests) == 9 and results["usage"]["calls"] == 9 and results["score"] == 62.5
 
@@ -490,6 +594,7 @@ def test_a_server_that_is_not_there_or_silent(config, server):
     server.rule = lambda messages: release.wait(5) and "8 7"
     refused(lambda: judge.main(config(timeout=0.05, workers=1)), "does not answer (ReadTimeoutError)", "--timeout=0.05")
     release.set()
+    assert len(server.paths) == 1  # it may work on each question that was sent, and be paid for it
 
 
 def test_other_refusals_say_what_the_server_says(config, server, monkeypatch):
@@ -570,7 +675,8 @@ def test_a_key_is_asked_for_where_one_is_needed(config, monkeypatch):
     (dict(answers=None), ["give --answers"]), (dict(judge=None), ["--judge=gpt-4"]),
     *((dict(url=url), ["--url must look like http://"]) for url in (
         "ftp://host/v1", "localhost:8000", "http://", "http://a b/v1", "http://[1.2.3.4]/v1", "http://host/v1#secret",
-        "http://me:secret@host/v1", "http://host/v1?key=secret")),
+        "http://me:secret@host/v1", "http://host/v1?key=secret",
+        "http://host/v1?version=1&api_token=secret")),
     (dict(key_env="sk-secret"), ["--key_env must be the name"]), (dict(key_env="gsk_secret"), ["--key_env must be"]),
     (dict(price_in=1.0), ["go together"]), (dict(max_cost=1.0), ["--max_cost=1 needs"]),
     (dict(workers=0), ["--workers=0 is out of range"])])
