@@ -54,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Example:
-    """A row in tokens: the prompt, and the first reference with its end token."""
+    """The prompt and the first reference, as tokens. A whole one ends with the end token."""
     row: Row
     prompt: list[int]
     response: list[int]
@@ -235,7 +235,7 @@ class Pieces(Sequence):
 
 def load_pieces(name: str, tokenizer: tiktoken.Encoding, out: Path, length: int,
                 m: Machine) -> Pieces:
-    """The plain text for a run in the folder `out`, whose neighbours share the tokens."""
+    """Plain text for the run in the folder `out`. All runs beside it share its tokens."""
     return Pieces(load_corpus(name, tokenizer, out.parent / "corpus", m), length)
 
 
@@ -269,7 +269,7 @@ class Batch:
     """Prompts and their responses, padded with 0 at the right."""
     tokens: Tensor  # (B, S) int64, each prompt followed by its response
     response: Tensor  # (B, T) int64
-    response_mask: Tensor  # (B, T) bool, true through the end token, inclusive
+    response_mask: Tensor  # (B, T) bool, true for the tokens of the answer, end token included
     columns: Tensor  # (B, T) int64, the column of `tokens` from which y_t is predicted
 
     def predicting(self, hidden: Tensor) -> Tensor:

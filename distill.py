@@ -1,8 +1,8 @@
 """MiniLLM: a student q learns from a teacher p by reverse KL and policy gradient.
 
-Paper:    arXiv 2306.08543v4, Section 2: Eqs. (1) to (7), except (4), which is in sample.py, and
-          Algorithm 1: phase 1 is in teacher.py, phase 2 is algorithm_1() below. Where the code
-          departs from the paper, a comment says "not".
+Paper:    arXiv 2306.08543v4, Section 2. The equations are below, except Eq. (4), which is in
+          sample.py. Phase 1 of Algorithm 1 is in teacher.py, phase 2 is algorithm_1() below. Where
+          the code departs from the paper, a comment says "not".
 Run:      python distill.py                    the built-in world: no network, no GPU, two minutes
           python distill.py --teacher=gpt2-xl  the paper's world, from the released GPT-2 on
           python distill.py --teacher=MiniLLM/teacher-gpt2-1.5B --student=MiniLLM/init-gpt2-120M
@@ -33,7 +33,8 @@ from safe.files import check_place, read_json, write_lines
 from sample import Rollout, decoder, follow, mix, taken, uniforms
 
 # ---- the equations, in the paper's order ------------------------------------------------------
-# Tensors in, tensors out. response_mask tells where an answer ends; (B, T) tensors are 0 beyond it.
+# They take and return tensors. response_mask is true up to the end of an answer; beyond it, (B, T)
+# tensors are 0.
 
 
 def reverse_kl(student_logp_vocab: Tensor, teacher_logp_vocab: Tensor) -> Tensor:
@@ -61,17 +62,17 @@ def divergence(student_logp_vocab: Tensor, teacher_logp_vocab: Tensor, kind: str
 
 
 def token_reward(teacher_logp: Tensor, student_logp: Tensor, clip: float = math.inf) -> Tensor:
-    """r_t = log p(y_t | y_<t, x) - log q(y_t | y_<t, x) of Eq. (2), which the paper does not clip.
+    """r_t = log p(y_t | y_<t, x) - log q(y_t | y_<t, x) of Eq. (2). The paper does not clip it.
     (B, T)"""
     return (teacher_logp - student_logp).clamp(-clip, clip)  # Eq. (2)
 
 
 def future_reward(reward: Tensor, response_mask: Tensor, gamma: float = 1.0,
                   length_norm: bool = True, return_from: str = "next") -> Tensor:
-    """R_{t+1}; R_t if return_from is "current"; 0 if it is "none". (B, T) With length_norm it is
-    divided by the number of its rewards.
+    """The return of each token, (B, T): R_{t+1}, which is 0 for the last token; R_t if return_from
+    is "current"; 0 if it is "none". length_norm divides it by the number of rewards in it.
 
-    gamma weighs r_{t'} by gamma^(t'-t), which the paper does not. The last token's R_{t+1} is 0."""
+    gamma discounts r_{t'} by gamma^(t'-t). The paper has no discount."""
     R = torch.zeros_like(reward)
     if return_from == "none":
         return R
@@ -110,8 +111,8 @@ def importance_weights(student_logp: Tensor, mixed_logp: Tensor, response_mask: 
 
 
 def whiten(values: Tensor, response_mask: Tensor, kind: str) -> Tensor:
-    """Shifts and scales to mean 0 and variance 1, which the paper does not: over response positions
-    ("responses"), or over all, zeros of the padding too ("all"), as the released code. (B, T)"""
+    """Scales values (B, T) to mean 0 and variance 1, which the paper does not do. "responses" takes
+    both from response positions; "all" counts the zeros of padding too, as the released code."""
     if kind == "none":
         return values
     counted = values if kind == "all" else values[response_mask]
@@ -129,8 +130,8 @@ def long_term_loss(student_logp: Tensor, behaviour_logp: Tensor, R: Tensor, weig
     """L_Long at each position, clipped as in Algorithm 1, and where clipping bites. (B, T) each.
 
     The ratio q(y_t) / p~(y_t) is both w_t of Eq. (5) and rho_t of Algorithm 1: its gradient is
-    w_t grad log q. Not min(rho, clip(rho)) R as printed, which is an upper bound where R is
-    negative, but PPO's lower bound."""
+    w_t grad log q. Algorithm 1 prints min(rho, clip(rho)) R, an upper bound where R is negative.
+    This is not that, but PPO's min(rho R, clip(rho) R), a lower bound for either sign."""
     ratio = (student_logp - behaviour_logp).exp()
     weighted = R * weight
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
@@ -158,10 +159,10 @@ def minillm_loss(student_logp: Tensor, kl: Tensor, old_logp: Tensor, mixed_logp:
 # --objective: the divergence in L_Single, and the return in L_Long
 OBJECTIVES = {
     "eq3": ("reverse", "next"),  # Eq. (3), the paper's
-    "eq2": ("none", "current"),  # Eq. (2): without the single step, the return holds r_t
+    "eq2": ("none", "current"),  # Eq. (2), not with its -1, whose mean is 0; R_t holds r_t
     "single": ("reverse", "none"),  # GKD with reverse KL
     "double": ("reverse", "current"),  # the released code counts r_t twice
-    "unpaid": ("none", "next"),  # nothing pays r_t: to end at once is paid best
+    "unpaid": ("none", "next"),  # no reward depends on y_t itself: the student ends at once
     "forward": ("forward", "none"), "js": ("js", "none"), "skew": ("skew", "none")}
 
 
@@ -248,8 +249,8 @@ PAPER = dict(teacher="gpt2-xl", student="gpt2", data="dolly", corpus="openwebtex
              dtype="auto")
 # What the released code computes; reproduce/README.md has it in words.
 OFFICIAL = dict(gamma=0.95, objective="double", whiten="all", reward_clip=50.0, weight="long_only",
-                normalize="token", pt_kd=0.5)
-# Flags that do not change what phase 2 learns; by turns, other answers are drawn.
+                pt_kd=0.5)
+# Flags that do not change what phase 2 learns. The decoder does: "turns" draws other answers.
 FREE = supervised.FREE - {"decoder"} | {"plan", "baselines"}
 LOGGED = ("loss_single", "loss_long", "loss_pt", "reverse_kl", "weight", "clipped", "gap")
 
@@ -335,13 +336,13 @@ def algorithm_1(student: GPT, teacher: GPT, instructions: Sequence[data.Example]
                 scaler: torch.amp.GradScaler, cfg: Config, m: Machine, step: int) -> Iterator[dict]:
     """Phase 2 from update `step` on: trains the student in place, and yields each update's log."""
     mine = [i for i in range(cfg.rollouts) if i % cfg.minibatch % m.world == m.rank]
-    judge = teacher if cfg.pt_kd else None
-    warmup = max(1, min(100, cfg.steps // 32))  # updates in which the learning rate rises
+    pt_teacher = teacher if cfg.pt_kd else None
+    warmup = max(1, min(100, cfg.steps // 32))  # not in the paper, but in the released scripts
     while step < cfg.steps:
         # 1 Alg. 1: sample answers from the mixture p~ to prompts of D. They are S.
         began = time.perf_counter()
         collection = step * cfg.minibatch // (cfg.rollouts * cfg.inner_epochs)
-        rollout = None  # the teacher's states in the last one make room
+        rollout = None  # frees the teacher's states of the last collection
         rollout = collect(cfg, collection, mine, instructions, student, teacher, m)
 
         # 2 r_t and the returns of all answers, those of other processes too
@@ -399,7 +400,7 @@ def algorithm_1(student: GPT, teacher: GPT, instructions: Sequence[data.Example]
             for some in data.slices(pieces, cfg.micro_batch):
                 batch = data.batch_of(some, m.device)
                 sums["loss_pt"] += supervised.add_gradient(
-                    student, batch, pt_divisor / cfg.pt_coef, m, scaler, judge, cfg.pt_kd)[0]
+                    student, batch, pt_divisor / cfg.pt_coef, m, scaler, pt_teacher, cfg.pt_kd)[0]
 
             # 6 clip the gradient of all processes, take a step, and log means over the update
             sums = supervised.summed(sums, m, f"{cfg.out}: stopped at update {step + 1}")
@@ -425,7 +426,7 @@ def algorithm_1(student: GPT, teacher: GPT, instructions: Sequence[data.Example]
 def distil(cfg: Config, stop: runs.Stop | None = None) -> dict:
     """Phase 2 as a run that is validated, saved and resumed. The result is a folder, OUT/minillm.
 
-    Asked to stop, it first learns from the answers that it has sampled: they are not saved."""
+    After a signal it finishes the updates on the sampled answers, because these are not saved."""
     m = machine(cfg.device, cfg.dtype, cfg.sample_batch)
     out = Path(cfg.out) / "minillm"
     if runs.begin(out, cfg, FREE, m):
@@ -443,11 +444,12 @@ def distil(cfg: Config, stop: runs.Stop | None = None) -> dict:
     optimizer, scaler = supervised.optimizer_of(student, m, (0.9, 0.95), 1e-6)
     run = runs.Run(out, cfg, m, stop, cfg.steps, student, optimizer, scaler)
     step, best, validated = run.step, run.best, run.best is not None
-    collection = cfg.inner_epochs * cfg.rollouts // cfg.minibatch  # updates from the same answers
+    per_collection = cfg.inner_epochs * cfg.rollouts // cfg.minibatch  # updates
     select = supervised.selection(cfg.select, valid, m)
     updates = algorithm_1(student, teacher, instructions, corpus, optimizer, scaler, cfg, m, step)
     while True:
-        due = (step - collection) // cfg.eval_every < step // cfg.eval_every or step == cfg.steps
+        before = step - per_collection
+        due = before // cfg.eval_every < step // cfg.eval_every or step == cfg.steps
         if due and not validated:
             scores, answers = supervised.validate(
                 ready(student, m.dtype), tokenizer, valid, m, draw, cfg.response_tokens, teacher)
@@ -459,7 +461,7 @@ def distil(cfg: Config, stop: runs.Stop | None = None) -> dict:
         if step == cfg.steps:
             return run.finish(step, best)
         run.save(step, best, due and not validated)
-        for line in islice(updates, collection):
+        for line in islice(updates, per_collection):
             step = line["step"]
             run.log(line)
         validated = False

@@ -8,7 +8,6 @@ Shapes:   B answers, b of them together, T response tokens, D width, V vocabular
 Left out: exposure bias, calibration and a judge's marks, which have files of their own in measure/.
 """
 
-import re
 import string
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,15 +28,8 @@ from data import Example
 from model import GPT, load
 from safe import runs
 from safe.files import check_place
+from safe.texts import UnicodeWords, letters_seen
 from sample import decoder, follow, lengths, taken, uniforms
-
-
-class UnicodeWords:
-    """A tokenizer for rouge-score: words in any script, and each Chinese or Japanese letter."""
-
-    def tokenize(self, text: str) -> list[str]:
-        kana_and_han = "\u3040-\u30ff\u3400-\u9fff"
-        return re.findall(rf"[{kana_and_han}]|[^\W_{kana_and_han}]+", text.lower())
 
 
 @cache
@@ -49,16 +41,10 @@ def rouge_scorer(words: str):
 
 
 def rouge_l(answer: str, references: Sequence[str], words: str = "english") -> float:
-    """Rouge-L F1 in percent, the best over the references. The words are those of the paper's
-    scorer, Porter-stemmed, of a-z and 0-9 alone, or "unicode": words in any script, as they are."""
+    """Rouge-L F1 in percent, the best over the references. "english" is the paper's scorer: stemmed
+    words of a-z and 0-9. "unicode" reads words in any script and does not stem."""
     scores = [rouge_scorer(words).score(reference, answer)["rougeL"] for reference in references]
     return 100 * max(score.fmeasure for score in scores)
-
-
-def rouge_sees(examples: Sequence[Example]) -> float:
-    """The percentage of the references' letters and digits that the paper's scorer can see."""
-    letters = [c for e in examples for text in e.row.outputs for c in text.lower() if c.isalnum()]
-    return 100 * sum(c.isascii() for c in letters) / max(1, len(letters))
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
@@ -136,7 +122,7 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
         if teacher and forward:
             of_teacher = draw(teacher, prompts, uniform, m).answers
             known = follow(teacher, prompts, of_teacher, T, m, model)
-            columns["forward_kl"] = known.reverse_kl.sum(1)
+            columns["forward_kl"] = known.reverse_kl.sum(1)  # p and q have changed places
         columns = {name: values.tolist() for name, values in columns.items()}
         for n, i in enumerate(mine):
             row = examples[i].row
@@ -195,8 +181,8 @@ class Config:
 
 
 def main(cfg: Config, own: bool = False) -> dict:
-    """The results of one set, or of several by their names. Results in a run's `own` folder that
-    were made with other settings are replaced."""
+    """The results of one set, or of several by their names. `own` means that the folder belongs to
+    a run, so that results of other settings are replaced."""
     names = list(data.HUB_SETS) if cfg.data == "all" else (cfg.data or "").split(",")
     if len(names) > 1:
         return evaluate_sets(cfg, names)
@@ -232,7 +218,7 @@ def main(cfg: Config, own: bool = False) -> dict:
     results = {"command": command(), "given": given, "data": name, "prompts": len(examples),
                "seeds": seeds, "parameters": model.config.parameters,
                "seconds": time.perf_counter() - began, "peak_gib": runs.peak_gib(m.device),
-               "rouge_sees": 100.0 if cfg.rouge == "unicode" else rouge_sees(examples),
+               "rouge_sees": 100.0 if cfg.rouge == "unicode" else letters_seen(examples),
                "scores": means}
     show(results, m)
     return runs.keep(results, path, m, "samples.jsonl", answers)

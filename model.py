@@ -255,7 +255,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 SUPPORTED = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
              "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
              "tie_word_embeddings": (True,), "add_cross_attention": (False,)}
-# GPT-2's vocabulary as some pad it, to a multiple of 64, by rows that stand for no token
+# Some trainers pad GPT-2's vocabulary to a multiple of 64. The added rows stand for no token.
 PADDED = range(50304, 50433, 64)
 
 

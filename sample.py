@@ -1,7 +1,7 @@
 """Sampling from the student q, the teacher p, or their mixture p~ = alpha p + (1 - alpha) q.
 
 Paper:    arXiv 2306.08543v4, Section 2.2, Eq. (4): teacher-mixed sampling. distill.py learns from
-          what is sampled here; fast/decode.py draws the same answers in less time.
+          what is sampled here; fast/decode.py samples from the same distribution in less time.
 Run:      python sample.py --model=out/tiny/minillm --prompt="Tell about the cat"
           python sample.py --model=gpt2 --prompt="Name three colours." --samples=3 --top_p=0.9
           python sample.py --model=out/teacher --data=dolly --split=train --out=out/answers.jsonl
@@ -69,7 +69,7 @@ class Rollout:
     """Answers, and what is known of them since they were sampled. Padding is 0."""
     prompts: list[list[int]]
     response: Tensor  # (B, T) int64
-    response_mask: Tensor  # (B, T) bool, true through the end token, inclusive
+    response_mask: Tensor  # (B, T) bool, true for the tokens of the answer, end token included
     ended: Tensor  # (B,) bool, false where an answer has run out of length
     student_logp: Tensor  # (B, T) log q(y_t)
     mixed_logp: Tensor  # (B, T) the log-probability under which y_t was drawn: Eq. (4)
@@ -159,8 +159,8 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine,
 @torch.no_grad()
 def follow(student: GPT, prompts: list[list[int]], answers: list[list[int]], T: int, m: Machine,
            teacher: GPT, keep_hidden: bool = False) -> Rollout:
-    """The rollout of given answers, cut to T tokens: what sample() would note had q drawn them, and
-    KL[q || p] at each position, by one pass of each model."""
+    """Scores given answers, cut to T tokens, with one pass of each model. The rollout is what
+    sample() would return if q had drawn them, with KL[q || p] at each position."""
     answers = [answer[:T] for answer in answers]
     rollout = Rollout.empty(prompts, T, m, teacher.config.n_embd if keep_hidden else 0)
     rollout.reverse_kl = torch.zeros_like(rollout.student_logp)
@@ -193,14 +193,14 @@ def decoder(kind: str) -> tuple[Callable, Callable]:
     "fast"; "captured", which records a step as a CUDA graph; "turns", for a mixture."""
     if kind == "plain":
         return sample, lambda model, dtype: model
-    from fast import decode  # the only folder that these files need
+    from fast import decode  # sample() above does not need it
     samplers = {"fast": decode.sample, "captured": decode.captured, "turns": decode.by_turns}
     return samplers[kind], decode.frozen
 
 
 def lengths(positions: int, max_prompt_tokens: int, answer: int | None) -> tuple[int, int]:
-    """The most tokens of a prompt and of an answer. An answer has the paper's 256, or half of the
-    positions if there are fewer, and a prompt that does not leave this room is dropped."""
+    """The longest prompt and the longest answer. An answer has up to 256 tokens, as in the paper,
+    or half of the positions if that is less. Longer prompts are dropped."""
     T = answer or min(256, max(1, positions // 2))
     return min(max_prompt_tokens, positions + 1 - T), T
 

@@ -1,7 +1,7 @@
 """Supervised training: the teacher p, the student's phase 1, and the baselines SFT, KD and SeqKD.
 
 Paper:    arXiv 2306.08543v4, Section 3.1, Appendix B.1 (recipes by size), phase 1 of Algorithm 1.
-          The optimizer and what a run is resumed from serve distill.py too.
+          distill.py uses the optimizer and the validation of this file too.
 Run:      python teacher.py --model=gpt2-xl --out=out/teacher                   the teacher, or SFT
           python teacher.py --model=gpt2 --select=loss --epochs=3 --out=out/init           phase 1
           python teacher.py --model=gpt2 --teacher=out/teacher --out=out/kd                     KD
@@ -25,10 +25,11 @@ from torch import Tensor
 import data
 from config import Machine, UserError, check, flag, machine, run
 from data import Batch, Example
-from eval import evaluate, held_out_loss, rouge_sees
+from eval import evaluate, held_out_loss
 from model import GPT, GPTConfig, is_shape, load, new, new_config, read_config, save
 from safe import runs
 from safe.files import check_place, read_json
+from safe.texts import letters_seen
 from sample import decoder, taken
 
 
@@ -106,8 +107,8 @@ def schedule(cfg: Config, config: GPTConfig, rows: int) -> tuple[int, int, float
 def add_gradient(model: GPT, batch: Batch, divisor: float, m: Machine,
                  scaler: torch.amp.GradScaler, teacher: GPT | None = None,
                  kd_ratio: float = 0.0) -> Tensor:
-    """Adds the gradient of a micro-batch's loss, summed over response tokens and divided, to the
-    model's. Returns two sums over tokens, of the loss and of -log q(y_t), (2,).
+    """Adds a micro-batch's gradient to the model's: that of its loss, summed over response tokens
+    and divided by `divisor`. Returns two sums over tokens, of the loss and of -log q(y_t), (2,).
 
     The loss is -log q(y_t), or (1 - kd_ratio) (-log q(y_t)) + kd_ratio KL[p || q]."""
     sums = torch.zeros(2, device=m.device)
@@ -138,7 +139,7 @@ def add_gradient(model: GPT, batch: Batch, divisor: float, m: Machine,
     return sums
 
 
-# ---- the optimizer and the files of a run, for distill.py too -----------------------------------
+# ---- optimizer and validation, for distill.py too ---------------------------------------------
 
 def trained(model: GPT, recompute: bool, compile: bool) -> GPT:
     """The model, prepared for training. `compile` compiles the forward pass for any length."""
@@ -172,7 +173,7 @@ def clip_gradient(model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.am
                   m: Machine, largest: float = 1.0, where: str = "stopped") -> float | None:
     """Sums the gradients of all processes and clips their norm. Returns the norm before, or None
     where float16 has overflowed. In other dtypes it raises UserError if it is not finite."""
-    scaler.scale(torch.zeros((), device=m.device))  # a process without rows has not begun to scale
+    scaler.scale(torch.zeros((), device=m.device))  # unscale_() needs one, even without any rows
     for p in model.parameters():
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -189,8 +190,8 @@ def clip_gradient(model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.am
 
 def validate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Example], m: Machine,
              draw: Callable, T: int, teacher: GPT | None = None) -> tuple[dict, list[dict]]:
-    """The held-out loss and, on instructions, the metrics of one answer to each prompt, always by
-    the same draws; and the answers."""
+    """The held-out loss, on instructions with the metrics of one answer to each prompt, and the
+    answers. The draws are the same each time."""
     answers = []
     scores = {"loss": held_out_loss(model, examples, m)}
     if not math.isfinite(scores["loss"]):  # no later one would be better than NaN
@@ -204,7 +205,7 @@ def validate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
 
 def selection(select: str, examples: Sequence[Example], m: Machine) -> str:
     """What picks the weights: the loss instead of a Rouge-L that cannot see the references."""
-    if select != "rouge_l" or (sees := rouge_sees(examples)) >= 50:
+    if select != "rouge_l" or (sees := letters_seen(examples)) >= 50:
         return select
     m.say(f"the validation loss picks the weights: Rouge-L, which reads a-z and 0-9 alone, sees "
           f"{sees:.0f}% of the references' letters")
@@ -241,10 +242,10 @@ def load_data(cfg: Config, tokenizer: tiktoken.Encoding, m: Machine) -> tuple[Se
                             "too little to train on and to validate with")
         return pieces[:split], pieces[split:]
     limits = cfg.max_prompt_tokens, cfg.max_tokens
-    judge = cfg.valid_data or cfg.data
-    split = "train" if runs.same(judge, cfg.data) else "all"
+    valid_name = cfg.valid_data or cfg.data
+    split = "train" if runs.same(valid_name, cfg.data) else "all"
     return (data.load_examples(cfg.data, split, tokenizer, *limits, m.say),
-            data.load_examples(judge, "valid", tokenizer, *limits, m.say))
+            data.load_examples(valid_name, "valid", tokenizer, *limits, m.say))
 
 
 def train(cfg: Config, stop: runs.Stop) -> dict:

@@ -120,8 +120,8 @@ def pick(rng: np.random.Generator, words) -> str:
 
 @cache
 def vocabulary() -> list[str]:
-    """Every word with the space before it, and without one the full stop and the words that may
-    begin a text. These have capitals, so tokens side by side can always be told apart."""
+    """Most words include the space before them. The full stop and the words that may begin a text
+    do not; those words have capitals, so tokens side by side can always be told apart."""
     tenses = [*FINDING.values(), *(verbs for kind in DOING.values() for verbs in kind.values()),
               *WANTING.values()]
     verbs = [verb for words in tenses for verb in words]

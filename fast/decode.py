@@ -1,4 +1,4 @@
-"""The fast decoder: it draws the answers that `sample.sample` draws, in less time.
+"""The fast decoder: it samples from the distribution of `sample.sample`, in less time.
 
 Paper:    arXiv 2306.08543v4, Section 2.2, Eq. (4). Read sample.sample first: from the same uniform
           numbers, sample() and captured() draw the same tokens, and a test holds them to it.

@@ -6,7 +6,7 @@ data.py makes examples of what is read here, and of safe/rows.py.
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
@@ -221,3 +221,20 @@ class Stream:
         text = self.tokenizer.decode(answer).rstrip("\ufffd")
         print(text[self.shown :], end="", flush=True)
         self.shown = len(text)
+
+
+# ---- what Rouge-L sees --------------------------------------------------------------------------
+
+class UnicodeWords:
+    """A tokenizer for rouge-score: words in any script, and each Chinese or Japanese letter."""
+
+    def tokenize(self, text: str) -> list[str]:
+        kana_and_han = "\u3040-\u30ff\u3400-\u9fff"
+        return re.findall(rf"[{kana_and_han}]|[^\W_{kana_and_han}]+", text.lower())
+
+
+def letters_seen(examples: Iterable) -> float:
+    """The percentage of the letters and digits in the references of data.Examples that the paper's
+    scorer can see: it keeps a-z and 0-9 alone."""
+    letters = [c for e in examples for text in e.row.outputs for c in text.lower() if c.isalnum()]
+    return 100 * sum(c.isascii() for c in letters) / max(1, len(letters))
