@@ -108,8 +108,8 @@ def parse(Config: type, argv: list[str], presets=None):
             raise UserError(f"--{name}= is empty: give a value, or leave the flag out")
         if isinstance(value, list):
             given[name] = tuple(value)
-        if isinstance(value, str) and "/" in value and name not in ("prompt", "input", "url"):
-            given[name] = os.path.normpath(os.path.expanduser(value))  # w/ and ./w are w
+        if isinstance(value, str) and name not in ("prompt", "input"):
+            given[name] = ",".join(map(os.path.expanduser, value.split(",")))  # as in ~/a,~/b
     return make(Config, given, presets)
 
 

@@ -238,6 +238,11 @@ class Config:
         return "fast" if self.decoder == "turns" else self.decoder
 
     @property
+    def per_collection(self) -> int:
+        """How many updates learn from the same answers."""
+        return self.inner_epochs * self.rollouts // self.minibatch
+
+    @property
     def response_tokens(self) -> int:
         return self.max_tokens - self.max_prompt_tokens
 
@@ -341,7 +346,7 @@ def algorithm_1(student: GPT, teacher: GPT, instructions: Sequence[data.Example]
     while step < cfg.steps:
         # 1 Alg. 1: sample answers from the mixture p~ to prompts of D. They are S.
         began = time.perf_counter()
-        collection = step * cfg.minibatch // (cfg.rollouts * cfg.inner_epochs)
+        collection, done = divmod(step, cfg.per_collection)  # done, if --steps has been raised
         rollout = None  # frees the teacher's states of the last collection
         rollout = collect(cfg, collection, mine, instructions, student, teacher, m)
 
@@ -352,7 +357,7 @@ def algorithm_1(student: GPT, teacher: GPT, instructions: Sequence[data.Example]
         sample_seconds = time.perf_counter() - began
 
         # 3 Alg. 1: inner epochs over S, and in each an update for each minibatch
-        for minibatch in minibatches(cfg, collection)[: cfg.steps - step]:
+        for minibatch in minibatches(cfg, collection)[done : done + cfg.steps - step]:
             began = time.perf_counter()
             R_white = torch.zeros_like(R)
             R_white[minibatch] = whiten(R[minibatch], mask[minibatch], cfg.whiten)
@@ -444,11 +449,10 @@ def distil(cfg: Config, stop: runs.Stop | None = None) -> dict:
     optimizer, scaler = supervised.optimizer_of(student, m, (0.9, 0.95), 1e-6)
     run = runs.Run(out, cfg, m, stop, cfg.steps, student, optimizer, scaler)
     step, best, validated = run.step, run.best, run.best is not None
-    per_collection = cfg.inner_epochs * cfg.rollouts // cfg.minibatch  # updates
     select = supervised.selection(cfg.select, valid, m)
     updates = algorithm_1(student, teacher, instructions, corpus, optimizer, scaler, cfg, m, step)
     while True:
-        before = step - per_collection
+        before = step - cfg.per_collection
         due = before // cfg.eval_every < step // cfg.eval_every or step == cfg.steps
         if due and not validated:
             scores, answers = supervised.validate(
@@ -461,7 +465,7 @@ def distil(cfg: Config, stop: runs.Stop | None = None) -> dict:
         if step == cfg.steps:
             return run.finish(step, best)
         run.save(step, best, due and not validated)
-        for line in islice(updates, per_collection):
+        for line in islice(updates, cfg.per_collection - step % cfg.per_collection):
             step = line["step"]
             run.log(line)
         validated = False

@@ -202,7 +202,10 @@ def lengths(positions: int, max_prompt_tokens: int, answer: int | None) -> tuple
     """The longest prompt and the longest answer. An answer has up to 256 tokens, as in the paper,
     or half of the positions if that is less. Longer prompts are dropped."""
     T = answer or min(256, max(1, positions // 2))
-    return min(max_prompt_tokens, positions + 1 - T), T
+    if T >= positions:
+        raise UserError(f"--max_response_tokens={T} leaves no room for a prompt in {positions} "
+                        "positions")
+    return min(max_prompt_tokens, positions + 1 - T, positions - 1), T
 
 
 # ---- command ----------------------------------------------------------------------------------

@@ -141,9 +141,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                             "model's state_dict() alone") from None
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:80]}"
         raise UserError(f"{path} is damaged: remove it, and fetch it again ({reason})") from None
-    for key in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+    while isinstance(content, dict):
+        inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), dict)]
+        if not inner:
+            break
+        content = inner[0]
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a table of tensors: save "
                         "the model's state_dict()")

@@ -94,11 +94,12 @@ def say_once(line: str) -> None:
 def raw_rows(path: Path) -> Iterator[tuple[str, object]]:
     """Each row of a file after its place, the file with the line or the row: a line as it stands
     there, or a value."""
+    if path.is_file():
+        refuse_pointer(path)
     if path.suffix.lower() == ".parquet":
         yield from ((f"{path}, row {n}", row) for n, row in enumerate(parquet_rows(path), 1))
         return
     try:
-        refuse_pointer(path)
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
@@ -182,8 +183,10 @@ def without_others(raw: dict, read_as: dict[str, str]) -> dict:
             continue
         plain = key.strip().lower()
         bookkeeping = copy or plain in BOOKKEEPING or plain.endswith("_id")
+        bookkeeping = bookkeeping or (isinstance(value, int | float) and type(value) is not bool)
         if not bookkeeping and value not in (None, "", [], {}):
-            near = difflib.get_close_matches(plain, KNOWN, n=1, cutoff=0.8)
+            known = ["ended"] if isinstance(value, bool) else KNOWN
+            near = difflib.get_close_matches(plain, known, n=1, cutoff=0.8)
             if near:
                 raise UserError(f'unknown key "{key}": did you mean "{near[0]}"?')
             if '"' in json.dumps(value, default=str):

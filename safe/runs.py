@@ -158,7 +158,7 @@ def is_finished(out: Path, cfg, free: set[str]) -> bool:
             raise UserError(f"{out} was made with {name}={old.get(name)}, and now it is "
                             f"{new[name]}: {go_on}, or remove that folder")
         if finished and longer and not (out / "state.pt").is_file():
-            raise UserError(f"{out} cannot go on: its state.pt has been removed; choose another "
+            raise UserError(f"{out} cannot go on: there is no state.pt; choose another "
                             "--out")
         finished = finished and not longer
         if not finished and not cfg.resume:
@@ -325,6 +325,8 @@ class Run:
             self.stop.end(self.m, message)
 
     def finish(self, step: int, best: dict | None) -> dict:
+        if self.stop:
+            self.stop.asked(self.m)  # a signal that one process has had stops all of them
         if self.m.rank == 0:
             save_state(self.out, *self.trained, step, best)
         return finish(self.out, self.m, {"best": best})

@@ -5,6 +5,7 @@ data.py makes examples of what is read here, and of safe/rows.py.
 
 import json
 import re
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -229,8 +230,10 @@ class UnicodeWords:
     """A tokenizer for rouge-score: words in any script, and each Chinese or Japanese letter."""
 
     def tokenize(self, text: str) -> list[str]:
-        kana_and_han = "\u3040-\u30ff\u3400-\u9fff"
-        return re.findall(rf"[{kana_and_han}]|[^\W_{kana_and_han}]+", text.lower())
+        text = unicodedata.normalize("NFC", text.lower())
+        # marks belong to words, as the vowels of Hindi do
+        words = [c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text]
+        return re.sub("([\u3040-\u30ff\u3400-\u9fff])", r" \1 ", "".join(words)).split()
 
 
 def letters_seen(examples: Iterable) -> float:

@@ -466,5 +466,14 @@ def test_a_file_of_torch_holds_what_was_saved_and_runs_no_code(zipped, tmp_path)
             read_torch(path)
 
 
+def test_a_name_is_taken_as_it_is_but_for_the_home_folder(monkeypatch):
+    """./dolly is a folder and dolly a set; a .. may lead out of a link."""
+    monkeypatch.setenv("HOME", "/home/me")
+    Names = dataclasses.make_dataclass("Names", [("data", str, flag("x", "")), ("prompt", str, flag("x", ""))])
+    assert parse(Names, ["--data=./dolly"]).data == "./dolly" and parse(Names, ["--data=a/../b/"]).data == "a/../b/"
+    assert parse(Names, ["--data=~/a,~/b"]).data == "/home/me/a,/home/me/b"
+    assert parse(Names, ["--prompt=~/a"]).prompt == "~/a"
+
+
 def test_clock():
     assert [runs.clock(s) for s in (4.4, 12_000, 216_000)] == ["0:00:04", "3:20:00", "2 days, 12:00:00"]

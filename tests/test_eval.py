@@ -341,6 +341,7 @@ def test_rouge_l_of_other_scripts():
     assert of("ôté", ["été"]) == 0 and of("Été, enfin!", ["été enfin"]) == 100
     assert of("狗在花园里", ["猫在花园里。"]) == pytest.approx(80)
     assert of("Кошка в саду", ["КОШКА в доме"]) == pytest.approx(200 / 3)
+    assert of("हा हि हु", ["हो ही है"]) == 0 and of("e\u0301te\u0301", ["été"]) == 100
     assert of("the cats", ["the cat"]) == 50 and rouge_l("the cats", ["the cat"]) == 100  # Porter's stems
 
 

@@ -93,8 +93,13 @@ def test_a_finished_run_can_be_made_longer(small, tmp_path, capsys):
     assert all(torch.equal(there[name], here[name]) for name in there)
     assert distill.main(small(steps=8, baselines="sft")) == table
     refused(lambda: distill.main(small(steps=4, baselines="sft", resume=True)), "made with updates=8, and now it is 4")
+    cfg = small(steps=6, baselines="", out=str(tmp_path / "odd"))
+    distill.main(cfg)
+    distill.main(dataclasses.replace(cfg, steps=8, resume=True))  # 6 is no multiple of a collection's 4 updates
+    updates = [line["step"] for line in lines(tmp_path / "odd" / "minillm") if "loss_single" in line]
+    assert updates == [*range(1, 9)]
     (tmp_path / "run" / "minillm" / "state.pt").unlink()
-    refused(lambda: distill.main(small(steps=16, baselines="", resume=True)), "its state.pt has been removed")
+    refused(lambda: distill.main(small(steps=16, baselines="", resume=True)), "there is no state.pt")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
