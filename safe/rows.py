@@ -171,6 +171,13 @@ def without_doubles(pairs: list[tuple]) -> dict:
     return raw
 
 
+@cache
+def nearest(key: str, holds_bool: bool) -> str:
+    """The key that is read and of which this may be a misspelling, or ""."""
+    near = difflib.get_close_matches(key, ["ended"] if holds_bool else KNOWN, n=1, cutoff=0.8)
+    return near[0] if near else ""
+
+
 def without_others(raw: dict, read_as: dict[str, str]) -> dict:
     """The row without the keys that are not read, which are noted. Raises UserError for a key that
     may be a misspelling, or under which text would be lost."""
@@ -185,10 +192,8 @@ def without_others(raw: dict, read_as: dict[str, str]) -> dict:
         bookkeeping = copy or plain in BOOKKEEPING or plain.endswith("_id")
         bookkeeping = bookkeeping or (isinstance(value, int | float) and type(value) is not bool)
         if not bookkeeping and value not in (None, "", [], {}):
-            known = ["ended"] if isinstance(value, bool) else KNOWN
-            near = difflib.get_close_matches(plain, known, n=1, cutoff=0.8)
-            if near:
-                raise UserError(f'unknown key "{key}": did you mean "{near[0]}"?')
+            if near := nearest(plain, isinstance(value, bool)):
+                raise UserError(f'unknown key "{key}": did you mean "{near}"?')
             if '"' in json.dumps(value, default=str):
                 raise UserError(f'unknown key "{key}", whose text would be lost: put it into '
                                 '"instruction" or "input", or remove the key')

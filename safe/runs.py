@@ -77,7 +77,7 @@ def held(folder: Path) -> AbstractContextManager:
     locks, as on some network file systems, the run goes on, and a line says so."""
     if int(os.environ.get("RANK", 0)) > 0:
         return nullcontext()
-    lock = f"{folder}.lock"
+    lock = f"{os.path.realpath(folder)}.lock"  # one folder may have two names
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = open(lock, "a")
