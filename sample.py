@@ -247,7 +247,7 @@ class Config:
 
     def __post_init__(self):
         check(self)
-        check_place(self, file="out")
+        check_place(self, file="out", ending=".jsonl")  # teacher.py reads it
         if (self.prompt is None) == (self.data is None):
             raise UserError("give one of --prompt and --data")
         if self.prompt is not None and is_blank(self.prompt):

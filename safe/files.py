@@ -12,11 +12,13 @@ from config import UserError
 POINTER = b"version https://git-lfs.github.com/"  # it begins so
 
 
-def check_place(cfg, folder: str = "", file: str = "") -> None:
-    """Raises UserError if the path in this field cannot become a folder, or a file."""
+def check_place(cfg, folder: str = "", file: str = "", ending: str = "") -> None:
+    """Raises UserError if the path in this field cannot become a folder, or a file that ends so."""
     path = getattr(cfg, folder or file)
     if path and file and os.path.isdir(path):
         raise UserError(f"--{file}={path} is a folder: give the name of a file")
+    if path and not path.endswith(ending):
+        raise UserError(f"--{file}={path} must end in {ending}")
     for parent in Path(path or "", "content" if folder else "").parents:
         if os.path.lexists(parent) and not parent.is_dir():
             raise UserError(f"--{folder or file}={path}: {parent} is a file, and no folder")
@@ -46,6 +48,14 @@ def refuse_pointer(path: Path) -> None:
         if file.read(len(POINTER)) == POINTER:
             raise UserError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` "
                             "where it was cloned, or download the file itself")
+
+
+def txt_files(folder: Path) -> list[Path]:
+    """The .txt files in a folder and below it, but not those of the models that lie below it."""
+    files = sorted(folder.rglob("*.txt"))
+    own = [file for file in files if file.parent == folder]
+    below = [file for file in files if file.parent != folder]
+    return own + [file for file in below if not (file.parent / "config.json").is_file()]
 
 
 def read_json(path: Path) -> dict:

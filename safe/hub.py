@@ -121,8 +121,9 @@ def tensor_names(path: Path) -> set[str]:
             return set(read_torch(path))
         with safe_open(path, "pt") as file:
             return set(file.keys())
-    except Exception:  # load() tells what is wrong with it
-        return set()
+    except Exception as error:  # each reader has its own errors for a broken file
+        raise UserError(f"{path} is damaged: remove it, and fetch it again "
+                        f"({type(error).__name__})") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

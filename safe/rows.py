@@ -52,7 +52,8 @@ def file_of_rows(name: str, sets: Iterable[str]) -> Path:
         raise UserError(f"{name} is a folder: give one file of rows ({', '.join(ROWS)})")
     if path.suffix.lower() in (".csv", ".tsv"):
         tabs = ", delimiter='\\t'" if path.suffix.lower() == ".tsv" else ""
-        line = CSV.format(tabs, shlex.quote(name), shlex.quote(f"{path.with_suffix('.jsonl')}"))
+        rows = shlex.quote(f"{path.with_suffix('')}-rows.jsonl")
+        line = CSV.format(tabs, shlex.quote(name), rows)
         raise UserError(f"{name} is a table; this makes rows of it: {line}")
     raise UserError(f"{name} is not an instruction set: give {', '.join(sets)}, or a file of rows "
                     f"({', '.join(ROWS)})")
@@ -114,8 +115,9 @@ def raw_rows(path: Path) -> Iterator[tuple[str, object]]:
         yield from ((f"{path}, row {n}", row) for n, row in enumerate(array, 1))
         return
     if content.lstrip().startswith((b"{\n", b"{\r\n")):
-        raise UserError(f"{path}: a row is one line; this makes such lines: jq -c . "
-                        f"{shlex.quote(str(path))} > rows.jsonl")
+        other = shlex.quote(f"{path.parent / path.name.split('.')[0]}-lines.jsonl")
+        raise UserError(f"{path}: a row is one line; this makes such lines: gzip -cdf "
+                        f"{shlex.quote(str(path))} | jq -c . > {other}")
     for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
             yield f"{path}:{number}", line

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from config import Machine, Stopped, UserError, command
-from safe.files import as_json, read_json, write_json, write_lines, written_aside
+from safe.files import as_json, read_json, txt_files, write_json, write_lines, written_aside
 from safe.hub import read_torch
 
 try:
@@ -99,8 +99,8 @@ def held(folder: Path) -> AbstractContextManager:
 def checksum(name: str | Path | None) -> int | None:
     """Returns a checksum of a user's file, or of the weights and texts in a folder; else None."""
     path = Path(name or "no file")
-    kinds = ("*.safetensors", "*.bin", "**/*.txt")
-    files = [path] if path.is_file() else sorted(file for kind in kinds for file in path.glob(kind))
+    weights = [file for kind in ("*.safetensors", "*.bin") for file in path.glob(kind)]
+    files = [path] if path.is_file() else sorted(weights + txt_files(path))
     crc = 0
     for file in files:
         with open(file, "rb") as content:
@@ -147,6 +147,12 @@ def is_finished(out: Path, cfg, free: set[str]) -> bool:
     begun = (out / "run.json").is_file()
     if finished and (not begun or "given" in read_json(out / "results.json")):  # of eval.py
         raise UserError(f"--out={out} holds results of something else: give another folder")
+    weights = [file for kind in ("*.safetensors", "*.bin") for file in out.glob(kind)]
+    if weights and not begun:
+        raise UserError(f"--out={out} holds a model that no run here has made: give another folder")
+    if finished and not weights:
+        raise UserError(f"{out} holds a finished run without its weights: remove that folder, and "
+                        "it is trained again")
     if begun:
         old, new = read_json(out / "run.json"), made_with(cfg)
         longer = to_be_longer(out, cfg)

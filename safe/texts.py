@@ -19,7 +19,7 @@ import tiktoken
 from tiktoken.load import read_file_cached
 
 from config import Machine, UserError
-from safe.files import read_json, refuse_pointer, written_aside
+from safe.files import read_json, refuse_pointer, txt_files, written_aside
 from safe.hub import fetch
 
 END = "<|endoftext|>"
@@ -63,7 +63,7 @@ def text_files(name: str) -> list[Path]:
                             "file, or go without plain text by --pt_coef=0")
         return []
     path = Path(name)
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    files = sorted(txt_files(path)) if path.is_dir() else [path]
     if not files or not all(file.is_file() and file.suffix == ".txt" for file in files):
         raise UserError(f"{name}: there is no such .txt file, nor a folder with .txt files; "
                         "tiny-text and openwebtext are known by name")
@@ -78,7 +78,10 @@ def tokenised(name: str, files: list[Path], tokenizer: tiktoken.Encoding, encode
     file in `folder`. The first process writes that file, unless it is there."""
     read = [(str(file.resolve()), file.stat()) for file in files]
     key = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in read]
-    crc = zlib.crc32(repr([tokenizer.name, *key]).encode())
+    which = tokenizer.name  # GPT-2's, or one of many lists of words
+    if which == "words":
+        which = repr(tokenizer._mergeable_ranks)
+    crc = zlib.crc32(repr([which, *key]).encode())
     path = folder / f"{Path(name).stem.replace(':', '-')}-{crc:08x}.bin"
     whole = path.exists() and path.stat().st_size and path.stat().st_size % 2 == 0
     if m.rank == 0 and not whole:
@@ -238,6 +241,9 @@ class UnicodeWords:
 
 def letters_seen(examples: Iterable) -> float:
     """The percentage of the letters and digits in the references of data.Examples that the paper's
-    scorer can see: it keeps a-z and 0-9 alone."""
-    letters = [c for e in examples for text in e.row.outputs for c in text.lower() if c.isalnum()]
-    return 100 * sum(c.isascii() for c in letters) / max(1, len(letters))
+    scorer can see, as the mean over examples: it keeps a-z and 0-9 alone."""
+    shares = []
+    for example in examples:
+        letters = [c for text in example.row.outputs for c in text.lower() if c.isalnum()]
+        shares.append(100 * sum(c.isascii() for c in letters) / max(1, len(letters)))
+    return sum(shares) / max(1, len(shares))

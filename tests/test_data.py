@@ -264,7 +264,7 @@ def test_a_bad_row_of_an_array_is_named(tmp_path):
     path.write_bytes(b'[{"instruction":\n"\xff"}]')
     refused(lambda: read_rows(path), f"{path}: line 2: not UTF-8 (byte 2 of the line)")
     path.write_text(json.dumps(row(), indent=1))
-    refused(lambda: read_rows(path), f"{path}: a row is one line", f"jq -c . {path} > rows.jsonl")
+    refused(lambda: read_rows(path), f"{path}: a row is one line", f"gzip -cdf {path} | jq -c . >", "my-lines.jsonl")
 
 
 def test_a_packed_file_that_is_damaged(tmp_path):
@@ -279,10 +279,11 @@ def test_a_table_is_refused_with_the_line_that_makes_rows_of_it(tmp_path):
         path = tmp_path / f"my table.{ending}"
         lines = [("instruction", "output"), ("Add.", '"3\r\n4"'), ("Naïve?", '"a, ""b"""')]
         path.write_bytes(("\ufeff" + "\r\n".join(comma.join(line) for line in lines)).encode())
-        told = refused(lambda path=path: read_rows(path), f"{path} is a table", "my table.jsonl")
+        told = refused(lambda path=path: read_rows(path), f"{path} is a table", "my table-rows.jsonl")
         line = told.split("rows of it: ")[1].replace("python", sys.executable, 1)
         subprocess.run(line, shell=True, check=True)
-        assert read_rows(tmp_path / "my table.jsonl") == [Row("Add.", "", ("3\r\n4",)), Row("Naïve?", "", ('a, "b"',))]
+        rows = [Row("Add.", "", ("3\r\n4",)), Row("Naïve?", "", ('a, "b"',))]
+        assert read_rows(tmp_path / "my table-rows.jsonl") == rows
 
 
 def test_what_is_no_file_of_rows(tmp_path):

@@ -287,6 +287,10 @@ def test_which_models_are_fine_tuned_first(tmp_path, tiny_models, monkeypatch):
     Path("text/run.json").write_text('{"data": "mine.txt"}')
     save(random_gpt(), Path("dolly"))
     Path("dolly/run.json").write_text('{"data": "dolly"}')
+    save(random_gpt(), Path("folder"))
+    Path("folder/run.json").write_text('{"data": "texts"}')  # a folder of texts, which is not here now
+    for folder in ("text", "dolly", "folder"):
+        Path(folder, "results.json").write_text("{}")
     hub = Path("models--openai-community--gpt2-xl/snapshots/15ea56dee5df4983c59b2538573817e1667135e2")
     mine = Path("models--me--gpt2-mine/snapshots/15ea56dee5df4983c59b2538573817e1667135e2")
     for folder in (Path("base"), Path("pickled"), hub, mine):
@@ -297,12 +301,19 @@ def test_which_models_are_fine_tuned_first(tmp_path, tiny_models, monkeypatch):
     torch.save(released, "pickled/pytorch_model.bin")
     raw = {"gpt2-xl": "on the hub is as released", "openai-community/gpt2": "as released", "4x4x128": "it is new",
            "base": "names of those released", "pickled": "names of those released", "text": "learned mine.txt",
+           "folder": "learned texts",
            str(hub): "openai-community/gpt2-xl on the hub is as released"}
     learned = {"MiniLLM/teacher-gpt2-1.5B": "not as released", "gpt2": "by a trainer", "dolly": "learned dolly",
                tiny_models["teacher"]: "by a trainer", str(mine): "me/gpt2-mine on the hub is not as released"}
     for name, why in (raw | learned).items():
         first, line = stages.is_raw(name, "teacher", Config())
         assert first == (name in raw) and why in line and "--finetune=" in line, name
+    Path("dolly/results.json").unlink()
+    refused(lambda: stages.is_raw("dolly", "teacher", Config()), "dolly holds an unfinished run", "--resume")
+    Path("dolly/results.json").write_text("{}")
+    Path("base/model.safetensors").write_bytes(Path("base/model.safetensors").read_bytes()[:99])
+    refused(lambda: stages.is_raw("base", "teacher", Config()), "base/model.safetensors is damaged")
+    save_file(released, "base/model.safetensors")
     for finetune, asked in (("both", True), ("teacher", True), ("student", False), ("none", False)):
         cfg = Config(finetune=finetune)
         assert stages.is_raw("dolly", "teacher", cfg)[0] == stages.is_raw("base", "teacher", cfg)[0] == asked
@@ -939,7 +950,9 @@ def test_which_models_are_evaluated_and_on_which_rows(distill_config, tmp_path, 
         (tmp_path / "run" / name / "results.json").write_text("{}")
     (tmp_path / "run" / "sft" / "results.json").unlink()
     for given, split in (("tiny", "test"), ("dolly", "test"), ("mine.jsonl", "valid")):
-        table = stages.evaluate(distill_config(data=given))
+        table = stages.evaluate(distill_config(data=given, baselines="sft,kd"))
         assert [row["method"] for row in table] == ["teacher", "init", "kd", "minillm"]
         assert {(cfg.data, cfg.split) for cfg in seen} == {(given, split)}
         seen.clear()
+    table = stages.evaluate(distill_config(data="tiny"))  # which names no baseline
+    assert [row["method"] for row in table] == ["teacher", "init", "minillm"]

@@ -25,7 +25,7 @@ import teacher as supervised
 from config import UserError, parse
 from measure.report import find
 from model import load, save
-from safe import runs
+from safe import runs, texts
 from safe.files import check_place
 
 GOOD = {"instruction": "Say hi", "input": "to Anna", "output": "hi Anna"}
@@ -278,3 +278,30 @@ def test_a_run_goes_on_though_nobody_reads_or_the_terminal_lacks_a_letter():
     assert run.stdout.readline() == "a line ? 0\n"
     run.stdout.close()
     assert run.stderr.read().endswith("done\n") and run.wait() == 0
+
+
+def test_weights_that_no_run_has_made_are_not_written_over(tiny_models, few_rows, tmp_path):
+    """Somebody's model, or the very teacher. And a finished run that has lost its weights is not kept as one."""
+    save(random_gpt(), tmp_path / "mine")
+    before = str(tmp_path / "mine")
+    settings = dict(model=tiny_models["student"], data="tiny", updates=1, evals=1, max_prompt_tokens=16, max_tokens=44,
+                    device="cpu", dtype="float32")
+    refused(lambda: supervised.main(supervised.Config(out=before, **settings)), "a model that no run here has made")
+    assert load(before).config.n_embd == 8
+    out = tmp_path / "run"
+    supervised.main(supervised.Config(out=str(out), **settings))
+    (out / "model.safetensors").unlink()
+    refused(lambda: supervised.main(supervised.Config(out=str(out), **settings)), "a finished run without its weights")
+    for name in ("answers", "answers.txt", "answers.parquet"):
+        refused(lambda name=name: sampling.Config(data="tiny", out=name), f"--out={name} must end in .jsonl")
+
+
+def test_the_texts_of_a_model_are_no_corpus(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.txt").write_text("two")
+    before = runs.checksum(tmp_path)
+    save(random_gpt(), tmp_path / "run")
+    (tmp_path / "run" / "merges.txt").write_text("a b")
+    assert [file.name for file in texts.text_files(str(tmp_path))] == ["a.txt", "b.txt"]
+    assert runs.checksum(tmp_path) == before

@@ -53,9 +53,14 @@ def has_learned(name: str) -> tuple[bool, str]:
         return False, "it is new"
     folder = Path(name)
     cached = re.search(r"models--([^/]+)/snapshots/[0-9a-f]+$", str(folder.resolve()))
+    trained_on = None
     if (folder / "run.json").is_file():
         trained_on = read_json(folder / "run.json").get("data")
-        return not data.is_text(str(trained_on)), f"its run.json says that it learned {trained_on}"
+        if not (folder / "results.json").is_file():
+            raise UserError(f"{name} holds an unfinished run: finish it with --resume first")
+    if isinstance(trained_on, str):  # not data.is_text(), as a folder of text may be gone
+        learned = is_file_of_rows(trained_on) or trained_on in ("tiny", *data.HUB_SETS)
+        return learned, f"its run.json says that it learned {trained_on}"
     if cached or not folder.is_dir():
         repository = cached[1].replace("--", "/") if cached else name
         released = repository in AS_RELEASED
@@ -132,9 +137,13 @@ def evaluate(cfg: distill.Config) -> list[dict]:
     m = machine(cfg.device, cfg.dtype)
     out = Path(cfg.out)
     models = {"teacher": cfg.teacher, "init": cfg.student}
+    asked = cfg.baselines.split(",")
     for name in ("sft", "kd", "seqkd", "minillm"):
         if (out / name / "results.json").is_file():
-            models[name] = str(out / name)
+            if name == "minillm" or name in asked:
+                models[name] = str(out / name)
+            else:
+                m.say(f"{out / name} is not evaluated, as --baselines does not name it")
     split = "valid" if is_file_of_rows(cfg.data) else "test"  # of a file the held-out rows
     table = []
     for method, model in models.items():
