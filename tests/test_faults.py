@@ -11,6 +11,8 @@ import random
 import shutil
 import signal
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,6 +167,24 @@ def test_the_exit_code_is_the_signals(monkeypatch, capsys):
             config.run(main, dataclasses.make_dataclass("Config", [], frozen=True))
         assert ended.value.code == 128 + signum and capsys.readouterr().err == f"eval.py: stopped ({signum.name})\n"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_one_folder_by_two_names_is_one_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    with runs.held(tmp_path / "run"):
+        refused(lambda: runs.held(tmp_path / "link"), "another run is writing there")
+
+
+def test_at_the_end_of_a_run_all_processes_hear_of_a_signal(monkeypatch, m):
+    """Else one would go on to the evaluation, and wait there for the one that has stopped."""
+    asked = []
+    monkeypatch.setattr(runs, "load_state", lambda *given: (8, None))
+    monkeypatch.setattr(runs, "save_state", lambda *given: asked.append("saved"))
+    monkeypatch.setattr(runs, "finish", lambda *given: asked.append("finished"))
+    stop = SimpleNamespace(asked=lambda m: asked.append("asked"))
+    runs.Run(Path("run"), None, m, stop, 8, None, None, None).finish(8, None)
+    assert asked == ["asked", "saved", "finished"]
 
 
 def test_two_runs_in_one_folder(small, tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_gpt, refused
+from conftest import CPU, random_gpt, refused
 from safetensors.torch import load_file, save_file
 
 import data
@@ -305,3 +305,12 @@ def test_the_texts_of_a_model_are_no_corpus(tmp_path):
     (tmp_path / "run" / "merges.txt").write_text("a b")
     assert [file.name for file in texts.text_files(str(tmp_path))] == ["a.txt", "b.txt"]
     assert runs.checksum(tmp_path) == before
+
+
+def test_two_lists_of_words_do_not_share_tokens(tmp_path):
+    """The same words in another order: the file of tokens that one has made is not read by the other."""
+    (tmp_path / "a.txt").write_text("one two two")
+    words = ["one", " two"]
+    read = [data.load_corpus(str(tmp_path / "a.txt"), data.word_tokenizer(order), tmp_path / "corpus", CPU).tolist()
+            for order in (words, words[::-1])]
+    assert read == [[0, 1, 1, 2], [1, 0, 0, 2]]

@@ -505,8 +505,7 @@ def check(cfg: distill.Config, work: stages.Stages) -> None:
     if cfg.pt_coef:
         texts.text_files(cfg.corpus)
     for line in work.decided:
-        if not line.split(": ")[1].startswith("it is new"):
-            m.say(line)
+        m.say(line)
     if cfg.plan == "only":
         return
     for settings in (work.teacher, work.init, *work.baselines.values()):

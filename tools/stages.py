@@ -49,8 +49,6 @@ class Stages:
 def has_learned(name: str) -> tuple[bool, str]:
     """Whether a model has learned to follow instructions, and what tells so: its own note of how it
     was made, the hub's repository, the form of its weights, but not what its folder is called."""
-    if is_shape(name):
-        return False, "it is new"
     folder = Path(name)
     cached = re.search(r"models--([^/]+)/snapshots/[0-9a-f]+$", str(folder.resolve()))
     trained_on = None
@@ -71,10 +69,13 @@ def has_learned(name: str) -> tuple[bool, str]:
 
 
 def is_raw(name: str, role: str, cfg: distill.Config) -> tuple[bool, str]:
-    """Whether a model is fine-tuned on D first, and a line that says so, and why."""
+    """Whether a model is fine-tuned on D first, and, unless it is new, a line that says why."""
+    if is_shape(name):
+        if cfg.finetune not in ("auto", "both", role):
+            raise UserError(f"--{role}={name} is new and has to be trained: leave --finetune as it "
+                            "is")
+        return True, ""
     learned, reason = has_learned(name)
-    if is_shape(name) and cfg.finetune not in ("auto", "both", role):
-        raise UserError(f"--{role}={name} is new and has to be trained: leave --finetune as it is")
     raw = not learned
     if cfg.finetune != "auto":
         raw, reason = cfg.finetune in ("both", role), f"--finetune={cfg.finetune}"
@@ -129,7 +130,7 @@ def stages(cfg: distill.Config) -> Stages:
             more = {"data": answers.out, "valid_data": cfg.data}
         baselines[name] = training(name, **recipe | more)
     return Stages(teacher, init, answers, baselines, replace(cfg, **names),
-                  (why_teacher, why_student))
+                  tuple(line for line in (why_teacher, why_student) if line))
 
 
 def evaluate(cfg: distill.Config) -> list[dict]:
