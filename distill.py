@@ -407,7 +407,7 @@ def algorithm_1(student: GPT, teacher: GPT, instructions: Sequence[data.Example]
                 sums["loss_pt"] += supervised.add_gradient(
                     student, batch, pt_divisor / cfg.pt_coef, m, scaler, pt_teacher, cfg.pt_kd)[0]
 
-            # 6 clip the gradient of all processes, take a step, and log means over the update
+            # 6 clip the gradient's norm at 1, which is not in the paper; take a step; log means
             sums = supervised.summed(sums, m, f"{cfg.out}: stopped at update {step + 1}")
             lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (step + 1) / warmup)
             norm = supervised.clip_gradient(student, optimizer, scaler, m, where=cfg.out)

@@ -50,16 +50,17 @@ def rouge_l(answer: str, references: Sequence[str], words: str = "english") -> f
 def exact_match(answer: str, references: Sequence[str]) -> float:
     """100 if the answer is a reference but for case, punctuation and white space, else 0."""
     def plain(text: str) -> str:
-        return " ".join("".join(c for c in text.lower() if c not in string.punctuation).split())
+        kept = "".join(c for c in text.lower() if c not in string.punctuation)
+        return " ".join(kept.split()) or text.strip()  # "" and "!" are not one answer
 
     return 100.0 * (plain(answer) in map(plain, references))
 
 
-def dist_n(texts: Iterable[str], n: int = 4) -> float:
+def dist_n(texts: Iterable[str], n: int = 4, split: Callable = str.split) -> float:
     """The percentage of different n-grams of words among all in these texts; 0 without any."""
     ngrams = []
     for text in texts:
-        words = text.split()
+        words = split(text)
         ngrams += [tuple(words[at : at + n]) for at in range(len(words) - n + 1)]
     return 100 * len(set(ngrams)) / max(1, len(ngrams))
 
@@ -142,10 +143,11 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
     means = {}
     for name in answers[0]["scores"]:
         means[name] = [float(np.mean([a["scores"][name] for a in some])) for some in by_seed]
-    means["dist_4"] = [dist_n(a["answer"] for a in some) for some in by_seed]
+    split = UnicodeWords().tokenize if words == "unicode" else str.split
+    means["dist_4"] = [dist_n([a["answer"] for a in some], 4, split) for some in by_seed]
     if len(seeds) > 1:
         by_prompt = [[a["answer"] for a in some] for some in zip(*by_seed)]
-        long = [dist_n(texts) for texts in by_prompt if any(len(t.split()) >= 4 for t in texts)]
+        long = [share for texts in by_prompt if (share := dist_n(texts, 4, split))]
         means["dist_4_prompt"] = [float(np.mean(long or [0.0]))]
     if tokenizer.name == "words":
         different = {(a["instruction"], a["input"], a["answer"]) for a in answers}
@@ -200,8 +202,7 @@ def main(cfg: Config, own: bool = False) -> dict:
     draw, ready = decoder(cfg.decoder)
     model = ready(load(cfg.model, m.device), m.dtype)
     teacher = ready(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
-    both = [model, teacher] if teacher else [model]
-    room = min(g.config.n_positions for g in both)
+    room = min(g.config.n_positions for g in (model, teacher) if g)
     longest, T = lengths(room, cfg.max_prompt_tokens, cfg.max_response_tokens)
     whole = min(longest + T, room)
     examples = data.load_examples(name, cfg.split, tokenizer, longest, whole, m.say)[: cfg.limit]
@@ -218,8 +219,7 @@ def main(cfg: Config, own: bool = False) -> dict:
     results = {"command": command(), "given": given, "data": name, "prompts": len(examples),
                "seeds": seeds, "parameters": model.config.parameters,
                "seconds": time.perf_counter() - began, "peak_gib": runs.peak_gib(m.device),
-               "rouge_sees": 100.0 if cfg.rouge == "unicode" else letters_seen(examples),
-               "scores": means}
+               "rouge_sees": letters_seen(examples, cfg.rouge), "scores": means}
     show(results, m)
     return runs.keep(results, path, m, "samples.jsonl", answers)
 

@@ -29,6 +29,7 @@ from eval import evaluate, held_out_loss
 from model import GPT, GPTConfig, is_shape, load, new, new_config, read_config, save
 from safe import runs
 from safe.files import check_place, read_json
+from safe.rows import apart
 from safe.texts import letters_seen
 from sample import decoder, taken
 
@@ -69,10 +70,11 @@ class Config:
         check(self)
         check_place(self, "out")
         if os.path.realpath(self.model) == os.path.realpath(self.out):
-            raise UserError(f"--model={self.model} would be overwritten by its own result: give "
-                            "another --out")
+            raise UserError(f"--model={self.model} would be written over: give another --out")
         if self.compile and self.decoder == "plain":
             raise UserError("--compile would compile every step of --decoder=plain: give one")
+        if self.kd_ratio != 0.5 and not self.teacher:
+            raise UserError(f"--kd_ratio={self.kd_ratio} weighs a teacher's KL: give --teacher too")
         if self.epochs and self.updates:
             raise UserError("--epochs and --updates both say how long to train: give one")
         if data.is_text(self.data):
@@ -88,6 +90,7 @@ class Config:
 RECIPES = ((200e6, 5e-4, 20), (600e6, 1e-4, 20), (1.3e9, 1e-4, 10), (math.inf, 5e-5, 10))
 # Flags that change results by rounding and dropout's draws at most: a run resumes with others.
 FREE = {"resume", "device", "micro_batch", "sample_batch", "recompute", "compile", "decoder", "out"}
+LOWER = "lower --lr, or give --dtype=float32"
 
 
 def presets(given: dict) -> dict:
@@ -164,8 +167,8 @@ def summed(sums: dict[str, Tensor], m: Machine, where: str) -> dict[str, float]:
     m.sum(totals)
     for name, total in zip(sums, totals.tolist()):
         if not math.isfinite(total):
-            raise UserError(f"{where}: {name} is {total}; the last state is kept; lower --lr, or "
-                            "give --dtype=float32, and begin anew")
+            raise UserError(f"{where}: {name} is {total}; the last state is kept; {LOWER}, and "
+                            "begin anew")
     return dict(zip(sums, totals.tolist()))
 
 
@@ -183,8 +186,7 @@ def clip_gradient(model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.am
     if math.isfinite(norm):
         return norm
     if not scaler.is_enabled():
-        raise UserError(f"{where}: the gradient's norm is {norm}: lower --lr, or give "
-                        "--dtype=float32")
+        raise UserError(f"{where}: the gradient's norm is {norm}: {LOWER}")
     return None
 
 
@@ -195,8 +197,7 @@ def validate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
     answers = []
     scores = {"loss": held_out_loss(model, examples, m)}
     if not math.isfinite(scores["loss"]):  # no later one would be better than NaN
-        raise UserError(f"the validation loss is {scores['loss']}: lower --lr, or give "
-                        "--dtype=float32")
+        raise UserError(f"the validation loss is {scores['loss']}: {LOWER}")
     if not isinstance(examples, data.Pieces):
         means, answers = evaluate(model, tokenizer, examples, m, draw, teacher, T=T)
         scores |= {name: values[0] for name, values in means.items()}
@@ -207,8 +208,7 @@ def selection(select: str, examples: Sequence[Example], m: Machine) -> str:
     """What picks the weights: the loss instead of a Rouge-L that cannot see the references."""
     if select != "rouge_l" or (sees := letters_seen(examples)) >= 50:
         return select
-    m.say(f"the validation loss picks the weights: Rouge-L, which reads a-z and 0-9 alone, sees "
-          f"{sees:.0f}% of the references' letters")
+    m.say(f"Rouge-L sees {sees:.0f}% of the references' letters: the loss picks the weights")
     return "loss"
 
 
@@ -238,14 +238,14 @@ def load_data(cfg: Config, tokenizer: tiktoken.Encoding, m: Machine) -> tuple[Se
         pieces = data.load_pieces(cfg.data, tokenizer, Path(cfg.out), cfg.max_tokens, m)
         split = len(pieces) - min(1000, math.ceil(len(pieces) / 50))  # the last pieces validate
         if split == 0:
-            raise UserError(f"--data={cfg.data}: {len(pieces)} piece of {cfg.max_tokens} tokens is "
-                            "too little to train on and to validate with")
+            raise UserError(f"--data={cfg.data}: one piece of text cannot train and validate too")
         return pieces[:split], pieces[split:]
     limits = cfg.max_prompt_tokens, cfg.max_tokens
     valid_name = cfg.valid_data or cfg.data
-    split = "train" if runs.same(valid_name, cfg.data) else "all"
-    return (data.load_examples(cfg.data, split, tokenizer, *limits, m.say),
-            data.load_examples(valid_name, "valid", tokenizer, *limits, m.say))
+    one = runs.same(valid_name, cfg.data)
+    examples = data.load_examples(cfg.data, "train" if one else "all", tokenizer, *limits, m.say)
+    valid = data.load_examples(valid_name, "valid", tokenizer, *limits, m.say)
+    return examples if one else apart(cfg.data, examples, valid_name, valid, m.say), valid
 
 
 def train(cfg: Config, stop: runs.Stop) -> dict:

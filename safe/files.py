@@ -5,6 +5,8 @@ import dataclasses
 import json
 import math
 import os
+import sys
+from functools import cache
 from pathlib import Path
 
 from config import UserError
@@ -22,6 +24,13 @@ def check_place(cfg, folder: str = "", file: str = "", ending: str = "") -> None
     for parent in Path(path or "", "content" if folder else "").parents:
         if os.path.lexists(parent) and not parent.is_dir():
             raise UserError(f"--{folder or file}={path}: {parent} is a file, and no folder")
+
+
+@cache
+def say_once(line: str) -> None:
+    """Prints a line to stderr, by one process, however often the stages of a run come by."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

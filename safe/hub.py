@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from safe.files import read_json, refuse_pointer, written_aside
+from safe.files import read_json, refuse_pointer, say_once, written_aside
 
 # what a disk answers where the hub's client cannot write, or lock, a file of its cache
 DISK = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOLCK, errno.ENOTSUP,
@@ -99,7 +99,14 @@ def read_torch(path: Path) -> dict:
 
 
 def weight_files(name: str) -> list[Path]:
-    """The file of a model's weights, or the files of its shards."""
+    """The file of a model's weights, or the files of its shards. Where a folder has two kinds, a
+    line says which is read. Raises UserError for an adapter, without which they are not whole."""
+    if any(Path(name).glob("adapter_model.*")):
+        raise UserError(f"{name} holds an adapter, which is not read: merge it into the weights "
+                        "(merge_and_unload() in peft), and save those")
+    if len(kinds := [file.name for file in sorted(Path(name).glob("*"))
+                     if file.name in ("model.safetensors", "pytorch_model.bin")]) > 1:
+        say_once(f"{name} holds {' and '.join(kinds)}: the first is read")
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if path := fetch(name, whole):
             return [path]

@@ -8,20 +8,19 @@ import gzip
 import hashlib
 import json
 import math
-import os
 import re
 import shlex
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from config import UserError
-from safe.files import refuse_pointer
-from safe.texts import TOO_BLANK, blank_run
+from safe.files import refuse_pointer, say_once
+from safe.texts import END, TOO_BLANK, blank_run
 
 ROWS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 # The other spellings are those of Dolly, of files of prompts, and of questions.
@@ -55,8 +54,8 @@ def file_of_rows(name: str, sets: Iterable[str]) -> Path:
         rows = shlex.quote(f"{path.with_suffix('')}-rows.jsonl")
         line = CSV.format(tabs, shlex.quote(name), rows)
         raise UserError(f"{name} is a table; this makes rows of it: {line}")
-    raise UserError(f"{name} is not an instruction set: give {', '.join(sets)}, or a file of rows "
-                    f"({', '.join(ROWS)})")
+    raise UserError(f"{name or 'an empty name'} is not an instruction set: give {', '.join(sets)}, "
+                    f"or a file of rows ({', '.join(ROWS)})")
 
 
 def fields_of_rows(path: Path, own: bool) -> list[tuple]:
@@ -64,7 +63,13 @@ def fields_of_rows(path: Path, own: bool) -> list[tuple]:
 
     Raises UserError for a bad row: the file, the line or row, and what is wrong with it. Of a
     user's own file it says how other keys are read; in one from the hub they are passed over."""
-    rows, read_as = [], {}
+    return read_fields(path, own, zlib.crc32(path.read_bytes()) if path.is_file() else 0)
+
+
+@lru_cache(maxsize=4)
+def read_fields(path: Path, own: bool, content: int) -> list[tuple]:
+    """Does the work of fields_of_rows(), once for all stages of a run."""
+    rows, read_as, marked = [], {}, 0
     for place, raw in raw_rows(path):
         try:
             raw = parsed(raw) if isinstance(raw, bytes) else as_object(raw, "one JSON object a row")
@@ -73,6 +78,7 @@ def fields_of_rows(path: Path, own: bool) -> list[tuple]:
             else:
                 raw = {key: raw[key] for key in SPELLINGS if key in raw}
             rows.append(fields(raw, read_as))
+            marked += any(END in text for text in (*rows[-1][:2], *rows[-1][2]))
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
     if not rows:
@@ -82,14 +88,10 @@ def fields_of_rows(path: Path, own: bool) -> list[tuple]:
         passed_over = [f'"{key}"' for key, name in read_as.items() if not name]
         told += [f"not read: {', '.join(passed_over)}"] if passed_over else []
         say_once(f"data {path}: {'; '.join(told)}")
+    if marked:
+        say_once(f"data {path}: {END} is in {marked:,} of the rows, where it is text and ends "
+                 "nothing: remove it, unless that is meant")
     return rows
-
-
-@cache
-def say_once(line: str) -> None:
-    """Prints a line, by one process, however often the stages of a run read a file."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
 
 
 def raw_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -128,8 +130,11 @@ def parquet_rows(path: Path) -> list[dict]:
         raise UserError(f"{path} is read by pyarrow: `pip install pyarrow`, or give a .jsonl file")
     from pyarrow import parquet
     try:
-        return parquet.ParquetFile(path).read().to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's own errors are among them
+        with open(path, "rb") as file:
+            return parquet.ParquetFile(file).read().to_pylist()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or str(error).splitlines()[0]}") from None
+    except ValueError as error:  # pyarrow's own errors are among them
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
 
 
@@ -193,6 +198,8 @@ def without_others(raw: dict, read_as: dict[str, str]) -> dict:
         plain = key.strip().lower()
         bookkeeping = copy or plain in BOOKKEEPING or plain.endswith("_id")
         bookkeeping = bookkeeping or (isinstance(value, int | float) and type(value) is not bool)
+        if bookkeeping and not copy and isinstance(value, str) and len(value.split()) > 20:
+            bookkeeping = False  # "source" may hold the passage that a question is about
         if not bookkeeping and value not in (None, "", [], {}):
             if near := nearest(plain, isinstance(value, bool)):
                 raise UserError(f'unknown key "{key}": did you mean "{near}"?')
@@ -264,10 +271,13 @@ def held_out_rows(name: str, rows: list) -> set[int]:
     """The numbers of those of a file's data.Rows that validate: a tenth of all, at most 1,000.
 
     Prompts are taken by their hashes, with all of their rows, so the order of a file does not
-    matter, and doubles are on one side. White space and case make no other prompt."""
+    matter, and doubles are on one side. White space, case, marks of no width and other forms of a
+    letter make no other prompt."""
     numbers_by_hash = defaultdict(list)
     for number, row in enumerate(rows):
-        plain = " ".join(row.prompt_text.casefold().split())
+        plain = unicodedata.normalize("NFKC", row.prompt_text).casefold()
+        plain = "".join(c for c in plain if c.isascii() or unicodedata.category(c) != "Cf")
+        plain = " ".join(plain.split())
         numbers_by_hash[hashlib.sha256(plain.encode()).hexdigest()].append(number)
     if len(numbers_by_hash) < 2:
         raise UserError(f"{name}: rows of one prompt cannot train and validate too: add others, or "
@@ -279,3 +289,18 @@ def held_out_rows(name: str, rows: list) -> set[int]:
         if len(held_out) + len(numbers) <= most:
             held_out.update(numbers)
     return held_out or set(min(prompts, key=len))  # each prompt may have more rows than `most`
+
+
+def apart(name: str, examples: list, valid_name: str, valid: list, say: Callable) -> list:
+    """Those data.Examples whose prompts do not validate. It matters where a file of sampled answers
+    is trained on, say. The built-in world is passed over: all of its prompts are trained on."""
+    prompts = {example.row.prompt_text for example in valid}
+    kept = [example for example in examples if example.row.prompt_text not in prompts]
+    if valid_name == "tiny" or len(kept) == len(examples):
+        return examples
+    if not kept:
+        raise UserError(f"{name} holds no other prompts than those of {valid_name} that validate: "
+                        "give other rows")
+    say(f"data {name}: {len(examples) - len(kept):,} rows are left out, as prompts of {valid_name} "
+        "validate")
+    return kept

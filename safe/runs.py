@@ -24,8 +24,10 @@ from pathlib import Path
 import torch
 
 from config import Machine, Stopped, UserError, command
-from safe.files import as_json, read_json, txt_files, write_json, write_lines, written_aside
+from safe.files import (as_json, read_json, refuse_pointer, txt_files, write_json, write_lines,
+                        written_aside)
 from safe.hub import read_torch
+from safe.rows import is_file_of_rows
 
 try:
     import fcntl
@@ -97,10 +99,11 @@ def held(folder: Path) -> AbstractContextManager:
 
 
 def checksum(name: str | Path | None) -> int | None:
-    """Returns a checksum of a user's file, or of the weights and texts in a folder; else None."""
+    """Returns a checksum of a user's file, or of a folder's model and texts; else None."""
     path = Path(name or "no file")
-    weights = [file for kind in ("*.safetensors", "*.bin") for file in path.glob(kind)]
-    files = [path] if path.is_file() else sorted(weights + txt_files(path))
+    kinds = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "vocab.json")
+    model = [file for kind in kinds for file in path.glob(kind)]
+    files = [path] if path.is_file() else sorted({*model, *txt_files(path)})
     crc = 0
     for file in files:
         with open(file, "rb") as content:
@@ -116,6 +119,8 @@ def made_with(cfg) -> dict:
         content = checksum(getattr(cfg, name, None))
         if content is not None:
             settings[f"the content of {name}"] = content
+    if is_file_of_rows(getattr(cfg, "data", "")):  # earlier versions held a file's last rows out
+        settings["rows held out by"] = "a hash of the prompt"
     return settings
 
 
@@ -206,6 +211,7 @@ def load_state(out: Path, cfg, model: torch.nn.Module, optimizer, scaler,
     path = before if before.is_file() and not state.is_file() else state  # killed between two names
     step, best, logged = 0, None, -1
     if path.is_file():
+        refuse_pointer(path)
         try:
             saved = read_torch(path)
             model.load_state_dict(saved["model"])

@@ -19,7 +19,7 @@ import tiktoken
 from tiktoken.load import read_file_cached
 
 from config import Machine, UserError
-from safe.files import read_json, refuse_pointer, txt_files, written_aside
+from safe.files import read_json, refuse_pointer, say_once, txt_files, written_aside
 from safe.hub import fetch
 
 END = "<|endoftext|>"
@@ -49,7 +49,11 @@ def as_sampled(tokenizer: tiktoken.Encoding, tokens: Sequence[int] | None,
     if tokens is None or not all(0 <= token < tokenizer.eot_token for token in tokens):
         return None
     tokens = list(tokens)
-    return tokens if tokenizer.decode(tokens) == text else None
+    if tokenizer.decode(tokens) == text:
+        return tokens
+    say_once('an "output" is not what its "tokens" read as: the text is learned, and "ended" says '
+             "whether an end token follows it")
+    return None
 
 
 # ---- plain text ---------------------------------------------------------------------------------
@@ -118,7 +122,10 @@ def documents(path: Path) -> Iterator[tuple[str, bool]]:
     try:
         with open(path, encoding="utf-8-sig") as file:  # \r\n is read as \n
             for number, line in enumerate(file, 1):
-                ends = line.rstrip("\n") == END
+                ends = line.strip() == END
+                if END in line and not ends:
+                    say_once(f"{path}:{number}: {END} is text here, as it shares its line: only on "
+                             "a line of its own it parts documents")
                 cut = size > 100_000 and lines[-1].strip() and not line[0].isspace()
                 if lines and (ends or cut):
                     text = piece_of(lines, path, first)
@@ -154,9 +161,19 @@ def words_of(model: str) -> list[str]:
         with suppress(UserError):  # the hub is out of reach, and its cache lacks the file
             path = fetch(model, file) or path
     if path is None:
+        say_once(f"{model} has no vocab.json or tokenizer.json: its tokens are taken for GPT-2's")
         return []
     raw = read_json(path)
-    raw = {"vocab": raw} if path.name == "vocab.json" else raw.get("model")
+    merges = None
+    if path.name == "vocab.json":
+        raw = {"vocab": raw}
+        with suppress(UserError):
+            merges = fetch(model, "merges.txt")
+    elif raw.get("normalizer"):
+        raise UserError(f"{path} has a normalizer, and GPT-2's has none: texts would be other "
+                        "tokens here than there")
+    else:
+        raw = raw.get("model")
     vocab = raw.get("vocab") if isinstance(raw, dict) else None
     if not isinstance(vocab, dict):
         raise UserError(f"{path} is damaged: it does not list tokens with their numbers")
@@ -168,10 +185,22 @@ def words_of(model: str) -> list[str]:
         words = []
         gpt2_tokenizer()  # it tells why, if GPT-2's files are out of reach
         known = json.loads(gpt2_files()["vocab.json"]).items() <= vocab.items()
+        merges = merges.read_bytes().split(b"\n") if merges else raw.get("merges", ())
+        merges = rules_of(merges)
+        if known and merges and merges != rules_of(gpt2_files()["merges.txt"].split(b"\n")):
+            raise UserError(f"{path} has GPT-2's tokens, but its merges are others: texts would be "
+                            "other tokens here than there")
     if not known:
         raise UserError(f"{path} is neither GPT-2's vocabulary nor that of a built-in world: text "
                         "can be read and written by these alone")
     return words
+
+
+def rules_of(merges: Iterable[bytes | str | list[str]]) -> list[str]:
+    """Merges in one form: they are lines of merges.txt, or words or pairs in tokenizer.json."""
+    merges = [rule.decode().strip() if isinstance(rule, bytes) else rule for rule in merges]
+    merges = [rule if isinstance(rule, str) else " ".join(rule) for rule in merges]
+    return [rule for rule in merges if rule and not rule.startswith("#version")]
 
 
 @cache
@@ -239,11 +268,13 @@ class UnicodeWords:
         return re.sub("([\u3040-\u30ff\u3400-\u9fff])", r" \1 ", "".join(words)).split()
 
 
-def letters_seen(examples: Iterable) -> float:
-    """The percentage of the letters and digits in the references of data.Examples that the paper's
-    scorer can see, as the mean over examples: it keeps a-z and 0-9 alone."""
+def letters_seen(examples: Iterable, words: str = "english") -> float:
+    """The percentage of the letters and digits in the references of data.Examples that Rouge-L can
+    see, as the mean over examples: the paper's scorer keeps a-z and 0-9 alone. A reference without
+    any, of emoji for instance, is not seen."""
     shares = []
     for example in examples:
         letters = [c for text in example.row.outputs for c in text.lower() if c.isalnum()]
-        shares.append(100 * sum(c.isascii() for c in letters) / max(1, len(letters)))
+        seen = sum(words == "unicode" or c.isascii() for c in letters)
+        shares.append(100 * seen / max(1, len(letters)))
     return sum(shares) / max(1, len(shares))

@@ -141,7 +141,7 @@ def test_other_spellings_are_read_and_said_aloud_once(tmp_path, capsys):
         name = write_rows(tmp_path / f"{number}.jsonl", *rows)
         for _ in range(2):
             assert read_rows(name) == [Row("Add.", "1 2", ("3",)), Row("Add.", "", ("4",))]
-        printed = capsys.readouterr().out
+        printed = capsys.readouterr().err
         for key, ours in ((asked, "instruction"), (given, "input"), (said, "output")):
             assert printed.count(f'"{key}" is read as "{ours}"') == (key != ours)
         aloud = [asked, given, said] != list(of_rows.SPELLINGS)
@@ -181,10 +181,33 @@ def test_what_tells_about_a_row_is_passed_over_aloud(tmp_path, capsys, monkeypat
     for _ in range(2):
         assert read_rows(name) == 3 * [Row("Add.", "", ("3",))]
     passed_over = ", ".join(f'"{key}"' for key in more if key != "seed")
-    assert capsys.readouterr().out == f"data {name}: not read: {passed_over}\n"
+    assert capsys.readouterr().err == f"data {name}: not read: {passed_over}\n"
     monkeypatch.setenv("RANK", "1")  # of several processes one speaks
     read_rows(write_rows(tmp_path / "other.jsonl", row() | more))
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
+
+
+def test_a_passage_under_a_key_that_tells_about_a_row_is_not_lost(tmp_path):
+    path = tmp_path / "my.jsonl"
+    for key in ("source", "topic", "line", "passage_id"):
+        write_rows(path, row() | {key: "a book of sums"})
+        assert read_rows(path) == [Row("Add.", "", ("3",))]
+        write_rows(path, row() | {key: 21 * "one "})
+        refused(lambda: read_rows(path), f'{path}:1: unknown key "{key}", whose text would be lost')
+
+
+def test_the_end_token_spelt_out_in_rows_or_text_is_said_aloud(tmp_path, capsys, m):
+    """It ends nothing there. On a line of its own, blanks beside it or not, it parts documents of plain text."""
+    end = "<|endoftext|>"
+    name = write_rows(tmp_path / "my.jsonl", row(output="3" + end), row(), row(input=end))
+    read_rows(name)
+    assert f"data {name}: {end} is in 2 of the rows, where it is text" in capsys.readouterr().err
+    read_rows(write_rows(tmp_path / "other.jsonl", row()))
+    assert capsys.readouterr().err == ""
+    path = tmp_path / "text.txt"
+    path.write_text(f"one\n{end} \ntwo\n\t{end}\r\nthree{end}four\n")
+    assert [text for text, _ in texts.documents(path)] == ["one", "two", f"three{end}four\n"]
+    assert capsys.readouterr().err.startswith(f"{path}:5: {end} is text here, as it shares its line")
 
 
 def test_of_a_set_on_the_hub_the_papers_keys_are_read(tmp_path, monkeypatch, capsys):
@@ -308,7 +331,8 @@ def test_the_held_out_rows_are_a_tenth_whatever_their_order(tmp_path):
     for _ in range(150):
         prompts = [f"Add {n}." for n in range(chance.randrange(2, 40))]
         picked = prompts[:2] + chance.choices(prompts, k=chance.randrange(60))
-        written = lambda prompt: chance.choice([prompt, prompt.upper(), f"{prompt} ", prompt.replace(" ", "\u00a0")])
+        written = lambda prompt: chance.choice([prompt, prompt.upper(), f"{prompt} ", prompt.replace(" ", "\u00a0"),
+                                                 prompt[:1] + "\u200b" + prompt[1:], prompt.replace("A", "\uff21")])
         rows = [row(written(prompt), str(n)) for n, prompt in enumerate(picked)]
         splits = []
         for _ in range(2):
@@ -323,6 +347,20 @@ def test_the_held_out_rows_are_a_tenth_whatever_their_order(tmp_path):
         assert len(valid) <= max(-(-len(rows) // 10), fewest)
         if len(set(picked)) == len(picked):
             assert len(valid) == -(-len(rows) // 10)
+
+
+def test_prompts_that_validate_are_not_trained_on_from_another_file(tmp_path, capsys):
+    """As when answers to all rows of a file were sampled; the built-in world trains on all of its prompts."""
+    whole = write_rows(tmp_path / "mine.jsonl", *(row(f"Add {n}.") for n in range(40)))
+    held_out, rows = load_rows(whole, "valid"), load_rows(whole, "test")
+    examples, valid = ([data.Example(row, [1], [2]) for row in some] for some in (rows, held_out))
+    kept = of_rows.apart("answers.jsonl", examples, whole, valid, print)
+    assert [example.row for example in kept] == load_rows(whole, "train")
+    assert capsys.readouterr().out == (f"data answers.jsonl: 4 rows are left out, as prompts of {whole} validate\n")
+    assert of_rows.apart("answers.jsonl", kept, whole, valid, print) == kept
+    assert of_rows.apart("answers.jsonl", examples, "tiny", valid, print) == examples
+    refused(lambda: of_rows.apart("answers.jsonl", valid, whole, valid, print), "holds no other prompts")
+    assert capsys.readouterr().out == ""
 
 
 def test_every_task_of_a_sorted_file_is_held_out(tmp_path):
@@ -525,6 +563,39 @@ def test_gpt2s_vocabulary_is_known_in_either_form(tmp_path, gpt2, monkeypatch):
     write_json(tmp_path / "tokenizer.json", {"model": {"vocab": vocab, "merges": []}})  # as this project wrote before
     (tmp_path / "vocab.json").unlink()
     assert data.load_tokenizer(name) is gpt2
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda raw, rules: raw["model"].update(merges=[rule.split(" ") for rule in rules]), []),
+    (lambda raw, rules: raw["model"].update(merges=rules), []),
+    (lambda raw, rules: raw["model"].update(merges=rules[::-1]), ["its merges are others"]),
+    (lambda raw, rules: raw.update(normalizer={"type": "Lowercase"}), ["has a normalizer"])])
+def test_gpt2s_tokens_with_other_rules_are_refused(change, words, tmp_path, gpt2):
+    """They would read a text as other tokens than the model has learned."""
+    name = save_config(tmp_path, gpt2.n_vocab, gpt2.eot_token)
+    vocab, merges = (texts.gpt2_files()[file].decode() for file in ("vocab.json", "merges.txt"))
+    raw = {"normalizer": None, "model": {"type": "BPE", "vocab": json.loads(vocab)}}
+    change(raw, merges.split("\n")[1:-1])
+    write_json(tmp_path / "tokenizer.json", raw)
+    if words:
+        refused(lambda: data.load_tokenizer(name), "tokenizer.json", *words)
+    else:
+        assert data.load_tokenizer(name) is gpt2
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text(vocab, encoding="utf-8")
+    for rules, known in ((merges, True), (merges.replace("\u0120 t\n", "", 1), False)):
+        (tmp_path / "merges.txt").write_text(rules, encoding="utf-8")
+        if known:
+            assert data.load_tokenizer(name) is gpt2
+        else:
+            refused(lambda: data.load_tokenizer(name), "vocab.json has GPT-2's tokens, but its merges are others")
+
+
+def test_a_model_without_tokenizer_files_is_taken_for_gpt2s_aloud(tmp_path, gpt2, capsys):
+    name = save_config(tmp_path, gpt2.n_vocab, gpt2.eot_token)
+    assert data.load_tokenizer(name) is gpt2
+    assert capsys.readouterr().err == (f"{name} has no vocab.json or tokenizer.json: its tokens are taken for "
+                                       "GPT-2's\n")
 
 
 def test_a_model_in_the_hubs_cache_needs_no_network_for_its_tokenizer(gpt2, monkeypatch):

@@ -273,7 +273,7 @@ def test_settings_that_cannot_work():
         cfg = make(Config, given, distill.presets)
         refused(lambda cfg=cfg: stages.stages(cfg), f"--{role}=1x2x8 is new", "--finetune")
     itself = make(Config, dict(teacher="out/x/teacher", finetune="teacher", out="out/x"), distill.presets)
-    refused(lambda: stages.stages(itself), "--model=out/x/teacher would be overwritten by its own result")
+    refused(lambda: stages.stages(itself), "--model=out/x/teacher would be written over")
     for role in ("teacher", "student"):
         cfg = make(Config, {role: "out/x/../y/minillm", "out": "out/y"}, distill.presets)
         refused(lambda cfg=cfg: stages.stages(cfg), "would overwrite --teacher or --student", "--out")
@@ -317,6 +317,27 @@ def test_which_models_are_fine_tuned_first(tmp_path, tiny_models, monkeypatch):
     for finetune, asked in (("both", True), ("teacher", True), ("student", False), ("none", False)):
         cfg = Config(finetune=finetune)
         assert stages.is_raw("dolly", "teacher", cfg)[0] == stages.is_raw("base", "teacher", cfg)[0] == asked
+
+
+def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(distill_config, tiny_models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_models["teacher"], "p")
+    refused(lambda: stages.stages(distill_config(teacher="p", student="./p")), "--teacher and --student are both p")
+    for finetune in ("teacher", "student", "both"):
+        stages.stages(distill_config(teacher="p", student="p", finetune=finetune))
+    stages.stages(distill_config(teacher="1x2x8", student="1x2x8"))
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda folder: save(random_gpt(), folder), ["Error(s) in loading state_dict"]),
+    (lambda folder: (folder / "adapter_model.safetensors").touch(), ["holds an adapter", "merge_and_unload"])])
+def test_weights_that_cannot_be_used_are_told_before_any_stage(spoil, words, distill_config, tiny_models, tmp_path):
+    shutil.copytree(tiny_models["student"], tmp_path / "q")
+    config = (tmp_path / "q" / "config.json").read_bytes()
+    spoil(tmp_path / "q")
+    (tmp_path / "q" / "config.json").write_bytes(config)  # the header is whole, but of another shape
+    refused(lambda: distill.main(distill_config(teacher="2x2x16", student=str(tmp_path / "q"), plan="off")), *words)
+    assert not (tmp_path / "run" / "teacher").exists()
 
 
 # ---- an update of Algorithm 1 against its equations -----------------------------------------------------------------
@@ -937,7 +958,7 @@ def test_other_settings_do_not_take_the_teachers_answers(distill_config, tiny_mo
     assert answers(sample_batch=2, micro_batch=3, steps=8, decoder="plain") == first
     others = [answers(**settings) for settings in (
         dict(seed=2), dict(max_tokens=40), dict(max_prompt_tokens=12, max_tokens=44), dict(dtype="bfloat16"),
-        dict(data="tiny"), dict(teacher=tiny_models["student"]))]
+        dict(data="tiny"), dict(teacher=tiny_models["student"], student="1x2x8"))]
     rows.write_text(rows.read_text().replace("cat", "owl"))
     others.append(answers())
     save(random_gpt(), tmp_path / "p")
@@ -949,7 +970,8 @@ def test_which_models_are_evaluated_and_on_which_rows(distill_config, tmp_path, 
     """A baseline that was given up is left out, and a user's file is not tested on what was trained on."""
     seen = []
     scores = {name: [1.0, 2.0] for name in ("rouge_l", "loss")}
-    monkeypatch.setattr(stages.evaluation, "main", lambda cfg, own: seen.append(cfg) or {"scores": scores})
+    monkeypatch.setattr(stages.evaluation, "main", lambda cfg, own: seen.append(cfg) or {
+        "scores": scores, "rouge_sees": 100.0})
     for name in ("kd", "minillm", "sft"):
         (tmp_path / "run" / name).mkdir(parents=True)
         (tmp_path / "run" / name / "run.json").write_text("{}")

@@ -36,6 +36,8 @@ def test_rouge_l_by_hand():
 
 def test_exact_match_ignores_case_punctuation_and_space():
     assert exact_match(" The  cat. ", ["dog", "the cat"]) == 100 and exact_match("cats", ["cat"]) == 0
+    assert exact_match("", ["!"]) == exact_match("!", [""]) == exact_match("!", ["?"]) == 0
+    assert exact_match("", [""]) == exact_match(" ? ", ["?"]) == 100
 
 
 class Sharing:
@@ -144,6 +146,16 @@ def test_dist_n_by_hand():
     """The 2-grams of "a b a b c" are ab, ba, ab, bc, three of four different; a second text with bc makes it 3 of 5."""
     assert evaluation.dist_n(["a b a b c"], 2) == 75.0 and evaluation.dist_n(["a b a b c", "b  c"], 2) == 60.0
     assert evaluation.dist_n(["a b c d", "a b c d e"]) == pytest.approx(200 / 3) and evaluation.dist_n(["a b c"]) == 0.0
+    assert evaluation.dist_n(["\u732b\u5728\u5bb6\u91cc\u7761"]) == 0.0
+    assert evaluation.dist_n(["\u732b\u5728\u5bb6\u91cc\u7761"], 4, evaluation.UnicodeWords().tokenize) == 100.0
+
+
+@pytest.mark.parametrize("reference, english, unicode", [
+    ("ab", 100, 100), ("\u0431\u0430", 0, 100), ("a\u0431", 50, 100), ("!", 0, 0), ("\U0001f600", 0, 0)])
+def test_what_rouge_l_can_see_of_a_reference(reference, english, unicode):
+    examples = [data.Example(data.Row("", "", (reference,)), [1], [2])]
+    assert evaluation.letters_seen(examples) == english
+    assert evaluation.letters_seen(examples, "unicode") == unicode
 
 
 def test_diversity_is_of_a_seed_and_of_a_prompt(tiny_models, m, monkeypatch):

@@ -323,6 +323,15 @@ def test_folders_that_hold_no_gpt2(tmp_path):
     refused(lambda: load(f"{here}/config.json"), f"'{here}/config.json'", "folder")
 
 
+def test_of_two_files_of_weights_the_one_that_is_read_is_named(tmp_path, capsys):
+    save(random_gpt(), tmp_path)
+    load(str(tmp_path))
+    assert capsys.readouterr().err == ""
+    (tmp_path / "pytorch_model.bin").touch()
+    load(str(tmp_path))
+    assert capsys.readouterr().err == f"{tmp_path} holds model.safetensors and pytorch_model.bin: the first is read\n"
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_damaged_files_are_named(kind, tmp_path):
     gpt = random_gpt()

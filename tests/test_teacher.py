@@ -20,6 +20,7 @@ from config import Machine, make
 from data import Example, Row
 from model import GPTConfig, load, save
 from safe import runs
+from safe.files import write_json
 from sample import sample, uniforms
 from teacher import add_gradient, clip_gradient, keep_best, optimizer_of, schedule, summed
 
@@ -304,7 +305,7 @@ def test_the_best_validation_is_kept(tmp_path, m, tiny_models):
 def test_a_rouge_l_that_sees_little_of_the_references_picks_nothing(answer, select, m, capsys):
     examples = [Example(Row("a", "", (answer,)), [1], [2])]
     assert supervised.selection("rouge_l", examples, m) == select
-    assert ("the validation loss picks the weights" in capsys.readouterr().out) == (select == "loss")
+    assert ("the loss picks the weights" in capsys.readouterr().out) == (select == "loss")
     assert supervised.selection("last", examples, m) == "last"
 
 
@@ -412,6 +413,30 @@ def test_a_run_does_not_go_on_with_other_weights(config, tmp_path, tiny_models):
     refused(lambda: supervised.main(cfg), "the content of teacher=", "choose another --out")
 
 
+def test_a_run_does_not_go_on_with_another_shape_of_the_same_weights(config, tmp_path, tiny_models):
+    """Nor with another tokenizer."""
+    for file in ("config.json", "tokenizer.json"):
+        shutil.copytree(tiny_models["teacher"], tmp_path / file / "p")
+        cfg = config(teacher=str(tmp_path / file / "p"), updates=1, evals=1)
+        before = runs.made_with(cfg)
+        (tmp_path / file / "p" / file).write_text("{}")
+        assert {name for name in before if before[name] != runs.made_with(cfg)[name]} == {"the content of teacher"}
+
+
+def test_a_run_on_rows_that_an_earlier_version_held_out_is_not_gone_on_with(config, tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"instruction": "Tell about the cat", "output": "Anna saw a cat."}\n')
+    cfg = config(data=str(tmp_path / "mine.jsonl"), valid_data="tiny", resume=True)
+    noted = runs.made_with(cfg)
+    assert noted.pop("rows held out by") == "a hash of the prompt"
+    assert "rows held out by" not in runs.made_with(config())
+    write_json(Path(cfg.out) / "run.json", noted)
+    refused(lambda: supervised.main(cfg), "was made with rows held out by=None")
+
+
+def test_a_share_of_kd_without_a_teacher_is_refused(config):
+    refused(lambda: config(kd_ratio=1.0), "--kd_ratio=1.0 weighs a teacher's KL", "--teacher")
+
+
 def test_a_validation_that_is_no_number_is_never_the_best(config, monkeypatch, tmp_path):
     monkeypatch.setattr(supervised, "held_out_loss", lambda *given: math.nan)
     refused(lambda: supervised.main(config(updates=1, evals=1, select="loss")), "the validation loss is nan")
@@ -419,7 +444,7 @@ def test_a_validation_that_is_no_number_is_never_the_best(config, monkeypatch, t
 
 
 def test_a_model_is_not_overwritten_by_its_own_result(config, tmp_path):
-    refused(lambda: config(model="out/a", out="out/b/../a/"), "--model=out/a would be overwritten")
+    refused(lambda: config(model="out/a", out="out/b/../a/"), "--model=out/a would be written over")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):

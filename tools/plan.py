@@ -28,7 +28,7 @@ import teacher as supervised
 from config import Machine, UserError, flag, machine, make, run
 from config import check as check_ranges
 from data import Example, Row
-from model import GPT, GPTConfig, is_shape, new_config, read_config
+from model import GPT, GPTConfig, is_shape, load, new_config, read_config
 from safe import runs, texts
 from safe.rows import is_file_of_rows
 from safe.runs import clock
@@ -517,6 +517,9 @@ def check(cfg: distill.Config, work: stages.Stages) -> None:
         raise UserError(f"--out={out} holds results of something else: give another folder")
     if (out / "run.json").is_file():
         raise UserError(f"--out={out} is the folder of a single stage: give another folder")
+    for name in {cfg.teacher, cfg.student}:
+        if Path(name).is_dir():
+            load(name)  # what is wrong with weights is told before any are trained
     m.barrier()  # all processes have looked before one writes
     if cfg.pt_coef and not (out / "minillm" / "results.json").is_file():
         data.load_pieces(cfg.corpus, tokenizer, out / "minillm", cfg.max_tokens, m)

@@ -88,6 +88,10 @@ def stages(cfg: distill.Config) -> Stages:
     result = os.path.realpath(f"{cfg.out}/minillm")
     if result in (os.path.realpath(cfg.teacher), os.path.realpath(cfg.student)):
         raise UserError(f"{result} would overwrite --teacher or --student: give another --out")
+    if runs.same(cfg.teacher, cfg.student) and cfg.finetune != "student" and not is_raw(
+            cfg.teacher, "teacher", cfg)[0]:
+        raise UserError(f"--teacher and --student are both {cfg.teacher}: it has nothing to learn "
+                        "from itself")
     wanted = cfg.baselines.split(",") if cfg.baselines else []
     if not set(wanted) <= {"sft", "kd", "seqkd"} or len(wanted) > len(set(wanted)):
         raise UserError(f"--baselines={cfg.baselines}: give some of sft, kd, seqkd, once each")
@@ -146,6 +150,7 @@ def evaluate(cfg: distill.Config) -> list[dict]:
             else:
                 m.say(f"{out / name} is not evaluated, as --baselines does not name it")
     split = "valid" if is_file_of_rows(cfg.data) else "test"  # of a file the held-out rows
+    sees = 100.0
     table = []
     for method, model in models.items():
         settings = evaluation.Config(
@@ -153,7 +158,8 @@ def evaluate(cfg: distill.Config) -> list[dict]:
             out=f"{out}/test/{method}", max_prompt_tokens=cfg.max_prompt_tokens,
             max_response_tokens=cfg.response_tokens, sample_batch=cfg.sample_batch,
             decoder=cfg.one_model_decoder, dtype=cfg.dtype)
-        scores = evaluation.main(settings, own=True)["scores"]
+        results = evaluation.main(settings, own=True)
+        scores, sees = results["scores"], results["rouge_sees"]
         spread = {name: float(np.std(x, ddof=1)) for name, x in scores.items() if len(x) > 1}
         means = {name: float(np.mean(x)) for name, x in scores.items()}
         table.append({"method": method, **means, "std": spread})
@@ -164,5 +170,8 @@ def evaluate(cfg: distill.Config) -> list[dict]:
     m.say(f"\n{'method':10}" + "".join(f"{name:>12}" for name in columns))
     for row in table:
         m.say(f"{row['method']:10}" + "".join(f"{row[name]:12.3f}" for name in columns))
+    if sees < 50:
+        m.say(f"rouge_l is blind here: it sees {sees:.0f}% of the references' letters; eval.py "
+              "--rouge=unicode reads any script")
     m.say(f"written to {out / 'results.json'}; the student is {out / 'minillm'}")
     return table
