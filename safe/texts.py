@@ -259,13 +259,16 @@ class Stream:
 # ---- what Rouge-L sees --------------------------------------------------------------------------
 
 class UnicodeWords:
-    """A tokenizer for rouge-score: words in any script, and each Chinese or Japanese letter."""
+    """A tokenizer for rouge-score: words in any script, and each letter of those that put no spaces
+    between words: Chinese, Japanese, Thai, Lao, Burmese, Khmer."""
 
     def tokenize(self, text: str) -> list[str]:
         text = unicodedata.normalize("NFC", text.lower())
         # marks belong to words, as the vowels of Hindi do
         words = [c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text]
-        return re.sub("([\u3040-\u30ff\u3400-\u9fff])", r" \1 ", "".join(words)).split()
+        letter = ("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+                  "\U00020000-\U0003ffff])")
+        return re.sub(letter, r" \1 ", "".join(words)).split()
 
 
 def letters_seen(examples: Iterable, words: str = "english") -> float:

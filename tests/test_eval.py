@@ -350,6 +350,8 @@ def test_rouge_l_of_other_scripts():
     """The paper's scorer keeps a-z and 0-9 alone, to the digit; the other reads every script."""
     assert rouge_l("ôté", ["été"]) == 100 and rouge_l("猫在花园里", ["猫在花园里"]) == 0
     of = partial(rouge_l, words="unicode")
+    assert of("\u0e41\u0e21\u0e27\u0e19\u0e2d\u0e19", ["\u0e41\u0e21\u0e27\u0e01\u0e34\u0e19"]) > 50  # Thai
+    assert of("\U00020bb7\u91ce", ["\U00020bb7\u7530"]) == 50  # a rare letter of Chinese
     assert of("ôté", ["été"]) == 0 and of("Été, enfin!", ["été enfin"]) == 100
     assert of("狗在花园里", ["猫在花园里。"]) == pytest.approx(80)
     assert of("Кошка в саду", ["КОШКА в доме"]) == pytest.approx(200 / 3)
