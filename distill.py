@@ -171,7 +171,7 @@ class Config:
     preset: Literal["tiny", "paper"] = flag("tiny", "which world; --teacher implies paper")
     recipe: Literal["paper", "official"] = flag("paper", "official: as the released code")
     teacher: str = flag("2x4x96", "p: a folder, gpt2-xl, OWNER/NAME, or a new LAYERSxHEADSxWIDTH")
-    student: str = flag("1x2x12", "q: the same kinds of name")
+    student: str = flag("1x2x8", "q: the same kinds of name")
     data: str = flag("tiny", "instructions, D: tiny, dolly or FILE.jsonl")
     corpus: str = flag("tiny-text", "D_PT: tiny-text, FILE.txt, a folder, openwebtext(:FILES)")
     out: str = flag("out/tiny", "folder of all stages")
@@ -182,7 +182,7 @@ class Config:
     resume: bool = flag(False, "go on with an unfinished run")
     # Algorithm 1
     steps: int = flag(640, "updates of phase 2", 1)
-    lr: float = flag(4e-3, "learning rate, eta", 0, 10)
+    lr: float = flag(8e-3, "learning rate, eta", 0, 10)
     rollouts: int = flag(256, "answers sampled at a time", 1)
     minibatch: int = flag(64, "answers of an update, and pieces of D_PT", 1)
     inner_epochs: int = flag(4, "passes over the answers sampled", 1)
@@ -197,7 +197,7 @@ class Config:
     whiten: Literal["none", "responses", "all"] = flag("none", "whiten R; all: over padding too")
     clip_eps: float = flag(0.2, "epsilon of Algorithm 1's clipping; inf for none", 1e-9)
     normalize: Literal["token", "sequence"] = flag("token", "mean over tokens, or of answers' sums")
-    pt_coef: float = flag(0.2, "factor on L_PT; 1 in the paper, whose student knows D_PT", 0, 1e9)
+    pt_coef: float = flag(0.0, "factor on L_PT; 1 in the paper, whose student knows D_PT", 0, 1e9)
     pt_kd: float = flag(0.0, "share of KL[p || q] in L_PT", 0, 1)
     # lengths, validation, machine
     max_prompt_tokens: int = flag(16, "longer prompts are dropped", 1, 1022)

@@ -109,7 +109,7 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
     teacher reverse_kl, KL[q || p] in nats summed over its positions, and if `forward` forward_kl,
     KL[p || q] along an answer of p; in the built-in world valid, 100 if it is right. Of all answers
     of a seed: dist_4. Of all seeds: dist_4_prompt, the mean over prompts of the dist_4 of their
-    answers; in the built-in world distinct, the percentage of answers left without repetitions."""
+    answers; in the built-in world covered, the percentage of its facts that they tell."""
     answers = []
     mine = range(m.rank, len(examples), m.world)
     prompts = [examples[i].prompt for i in mine]
@@ -130,7 +130,7 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
             text = data.decode(tokenizer, rollout.answers[n])
             scores = {name: values[n] for name, values in columns.items()}
             if tokenizer.name == "words":
-                right = rollout.ended[n] and world.is_valid(row.instruction, row.input, text)
+                right = rollout.ended[n] and world.read(row.instruction, row.input, text)[0]
                 scores["valid"] = 100.0 if right else 0.0
             scores["rouge_l"] = rouge_l(text, row.outputs, words)
             scores["exact_match"] = exact_match(text, row.outputs)
@@ -150,8 +150,8 @@ def evaluate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
         long = [share for texts in by_prompt if (share := dist_n(texts, 4, split))]
         means["dist_4_prompt"] = [float(np.mean(long or [0.0]))]
     if tokenizer.name == "words":
-        different = {(a["instruction"], a["input"], a["answer"]) for a in answers}
-        means["distinct"] = [100 * len(different) / len(answers)]
+        told = [world.read(a["instruction"], a["input"], a["answer"])[1] for a in answers]
+        means["covered"] = [100 * len(set().union(*told)) / world.FACT_COUNT]
     return means, answers
 
 

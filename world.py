@@ -1,10 +1,10 @@
-"""The built-in world: a little language whose right answers can be told from wrong ones exactly.
+"""The built-in world: a little language of facts, whose right answers can be told from wrong ones.
 
-An instruction has tens of thousands of right answers, in which later words depend on earlier ones:
-the pronoun depends on the name, every verb on the tense of the first, the word after "a" or "an" on
-its first letter, "it" or "them" on the number, the deed on the kind of thing, and the second
-sentence on the name and place of the first. So a laptop can measure precision instead of estimating
-it. There are 81 instructions; a model is trained on all of them and tested on the same ones.
+Each of 48 things has facts of its own: three adjectives, three deeds, three places, two wishes and
+three later places, drawn once from lists of twelve and six. A right answer is a short story whose
+words are all true of its thing. So a laptop can measure precision instead of estimating it, and
+count which of the 672 facts a student still tells. Facts take memory: a student too small for all
+of them has to choose. There are 432 prompts; a model is trained on all and tested on the same ones.
 
 Paper:    none; but Section 2.1 of arXiv 2306.08543v4 prefers a student that is right to a student
           that covers everything.
@@ -16,53 +16,47 @@ from functools import cache
 
 import numpy as np
 
-NAMES = {"Anna": "she", "Ella": "she", "Mia": "she", "Zoe": "she",
-         "Ben": "he", "Leo": "he", "Max": "he", "Tom": "he"}
-THINGS = {"cat": "animal", "owl": "animal", "goat": "animal",
-          "apple": "food", "egg": "food", "cake": "food",
-          "drum": "tool", "umbrella": "tool", "knife": "tool"}
-PLURALS = {thing: "knives" if thing == "knife" else thing + "s" for thing in THINGS}
-ADJECTIVES = ["red", "old", "ugly", "big", "odd", "new"]
-FINDING = {"past": ["found", "saw", "bought"], "present": ["finds", "sees", "buys"]}
-DOING = {"animal": {"past": ["fed", "washed"], "present": ["feeds", "washes"]},
-         "food": {"past": ["ate", "cooked"], "present": ["eats", "cooks"]},
-         "tool": {"past": ["used", "mended"], "present": ["uses", "mends"]}}
-WANTING = {"past": ["wanted", "took", "liked"], "present": ["wants", "takes", "likes"]}
-PLACES = ["garden", "kitchen", "barn", "street"]
+NAMES = ["Anna", "Ella", "Mia", "Zoe", "Ben", "Leo", "Max", "Tom"]
+THINGS = """cat owl goat dog hen fox pig duck apple egg cake pear loaf plum nut melon drum bell
+    flute harp kite doll ball horn lamp knife rope spoon broom saw clock key coat hat shoe glove
+    scarf belt bag ring boat cart tent wheel chair book map box""".split()
+ADJECTIVES = ["red", "dry", "warm", "big", "tiny", "new", "long", "grey", "soft", "round", "cheap",
+              "strange"]
+DEEDS = ["washed", "hid", "lost", "carried", "kept", "drew", "watched", "sold", "lent", "weighed",
+         "painted", "followed"]
+PLACES = ["garden", "kitchen", "barn", "street", "school", "market", "forest", "mill", "tower",
+          "harbour", "meadow", "church"]
+WISHES = ["wanted", "took", "liked", "bought", "missed", "praised"]
+FINDING = ["found", "spotted", "met"]
+
+
+def draw_facts() -> dict[str, dict[str, list[str]]]:
+    """What is true of each thing: some words of each list, the same in every run."""
+    rng = np.random.default_rng(0)
+    kinds = {"adjective": (ADJECTIVES, 3), "deed": (DEEDS, 3), "place": (PLACES, 3),
+             "wish": (WISHES, 2), "later place": (PLACES, 3)}
+    return {thing: {kind: sorted(rng.choice(words, count, replace=False).tolist())
+                    for kind, (words, count) in kinds.items()} for thing in THINGS}
+
+
+FACTS = draw_facts()
+FACT_COUNT = sum(len(words) for kinds in FACTS.values() for words in kinds.values())
 
 
 def story(thing: str, hero: str):
     """The grammar, as a coroutine. It yields the words that may come next, "" for the end, and is
     sent the one that came.
 
-    write() sends it random words, is_valid() those of an answer: the two cannot disagree."""
-    name = yield [hero] if hero else list(NAMES)
-    verb = yield FINDING["past"] + FINDING["present"]
-    tense = "past" if verb in FINDING["past"] else "present"
-    article = yield ["a", "an", "two", "some"]
-    noun, them = (thing, "it") if article in ("a", "an") else (PLURALS[thing], "them")
-    vowel = {"a": [False], "an": [True]}.get(article, [False, True])
-    if (yield [word for word in [*ADJECTIVES, noun] if (word[0] in "aeiou") in vowel]) != noun:
-        yield [noun]
-    yield ["and"]
-    yield [NAMES[name]]
-    yield DOING[THINGS[thing]][tense]
-    yield [them]
-    yield ["in"]
-    yield ["the"]
-    place = yield PLACES
-    yield ["."]
+    write() sends it random words, read() those of an answer: the two cannot disagree."""
+    facts = FACTS[thing]
+    for words in ([hero] if hero else NAMES, FINDING, ["a"], facts["adjective"], [thing], ["and"],
+                  facts["deed"], ["it"], ["in"], ["the"], facts["place"], ["."]):
+        yield words
     if (yield ["then", ""]) == "then":
-        yield [other for other in NAMES if NAMES[other] != NAMES[name]]
-        yield WANTING[tense]
-        if (yield [them, "the"]) == "the":
-            yield [noun]
-        yield ["from"]
-        yield [name]
-        yield ["near"]
-        yield ["the"]
-        yield [place]
-        yield ["."]
+        for words in (NAMES, ["also"], facts["wish"], ["it"], ["near"], ["some"],
+                      facts["later place"], ["."]):
+            yield words
+    while True:
         yield [""]
 
 
@@ -75,21 +69,23 @@ def write(thing: str, hero: str, rng: np.random.Generator) -> str:
     return " ".join(words[:-1]).replace(" .", ".")
 
 
-def is_valid(instruction: str, input: str, answer: str) -> bool:
-    """Whether this is one of the right answers, to the letter. Other instructions have none."""
+def read(instruction: str, input: str, answer: str) -> tuple[bool, set[tuple[str, int, str]]]:
+    """Whether this is one of the right answers, to the letter, and the facts that it tells even if
+    it is wrong: (thing, position, word). Other instructions have no right answers."""
     asked = re.fullmatch(r"Tell about the (\w+)", instruction)
     if asked is None or asked[1] not in THINGS or input not in ("", *NAMES):
-        return False
+        return False, set()
     words = re.findall(r"\w+|\.", answer)
-    if " ".join(words).replace(" .", ".") != answer:
-        return False
+    right = " ".join(words).replace(" .", ".") == answer
+    told = set()
     grammar = story(asked[1], input)
     allowed = next(grammar)
-    for word in words:
-        if word not in allowed:
-            return False
+    for position, word in enumerate([*words, ""]):
+        right &= word in allowed
+        if word in allowed and allowed in FACTS[asked[1]].values():
+            told.add((asked[1], position, word))
         allowed = grammar.send(word)
-    return "" in allowed
+    return right, told
 
 
 @cache
@@ -109,8 +105,7 @@ def instructions(split: str) -> list[tuple[str, str, str]]:
 def text() -> list[str]:
     """The plain text of this world: lines of the same words that tell no story."""
     rng = np.random.default_rng(2)
-    verbs = WANTING["past"] + FINDING["past"]
-    slots = (NAMES, verbs, ["the"], ADJECTIVES, THINGS, ["near"], ["the"], PLACES)
+    slots = (NAMES, WISHES, ["the"], ADJECTIVES, THINGS, ["near"], ["the"], PLACES)
     return [" ".join(pick(rng, words) for words in slots) + "." for _ in range(20000)]
 
 
@@ -120,11 +115,8 @@ def pick(rng: np.random.Generator, words) -> str:
 
 @cache
 def vocabulary() -> list[str]:
-    """Most words include the space before them. The full stop and the words that may begin a text
-    do not; those words have capitals, so tokens side by side can always be told apart."""
-    tenses = [*FINDING.values(), *(verbs for kind in DOING.values() for verbs in kind.values()),
-              *WANTING.values()]
-    verbs = [verb for words in tenses for verb in words]
-    small = "about the a an two some and she he it them in then from near".split()
-    spaced = [*small, *NAMES, *THINGS, *PLURALS.values(), *ADJECTIVES, *verbs, *PLACES]
+    """Every word with the space before it, and without one the full stop and the words that may
+    begin a text. These have capitals, so tokens side by side can always be told apart."""
+    small = "about the a and it in then also near some".split()
+    spaced = [*small, *FINDING, *NAMES, *THINGS, *ADJECTIVES, *DEEDS, *WISHES, *PLACES]
     return ["Tell", ".", *NAMES, *(" " + word for word in spaced)]

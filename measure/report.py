@@ -47,7 +47,7 @@ TABLE_1 = {
     ("760M", "minillm"): (26.4, 15.9, 18.3, 29.3, 37.7, 54.7, 44.6, 45.7),
 }
 SIZES = {124_439_808: "120M", 354_823_168: "340M", 774_030_080: "760M", 1_557_611_200: "1.5B"}
-METRICS = ("valid", "distinct", "rouge_l", "reverse_kl", "forward_kl", "loss", "text_loss",
+METRICS = ("valid", "covered", "rouge_l", "reverse_kl", "forward_kl", "loss", "text_loss",
            "dist_4", "dist_4_prompt", "tokens", "ended", "exact_match")
 METHODS = ("teacher", "init", "sft", "kd", "seqkd", "minillm")  # in the order of the paper's tables
 CURVES = ("reverse_kl", "reward", "valid", "rouge_l", "response_tokens", "clip_fraction",
@@ -507,6 +507,7 @@ class Figure:
     line: tuple = ()  # the x's and the y's of a thin grey line
     ticks: Sequence[str] = ()  # the names of x = 0, 1, 2 ...
     bars: bool = False
+    dots: bool = False  # labelled where they are; both axes are percentages
 
     def __post_init__(self):
         self.panels = {name: lines for name, lines in self.panels.items() if lines}
@@ -540,9 +541,10 @@ class Figure:
                 handles[label] = handle
         for axis in axes[len(self.panels) :]:
             axis.set_visible(False)
-        room = int(10 * width / (max(map(len, handles)) + 8))
-        canvas.legend(handles.values(), handles.keys(), loc="outside lower center", frameon=False,
-                      handlelength=3.5, ncols=max(1, min(4, room, len(handles))))
+        if not self.dots:
+            room = int(10 * width / (max(map(len, handles)) + 8))
+            canvas.legend(handles.values(), handles.keys(), loc="outside lower center",
+                          frameon=False, handlelength=3.5, ncols=max(1, min(4, room, len(handles))))
         png = io.BytesIO()
         canvas.savefig(png, format="png", dpi=130)
         return png.getvalue()
@@ -568,9 +570,23 @@ class Figure:
                 axis.bar(np.add(x, width * (n + 0.5) - 0.4), y, 0.94 * width, color=color,
                          label=words, edgecolor="black", linewidth=0.4, hatch=HATCHES[n % 6])
                 continue
+            if self.dots:
+                axis.plot(x, y, "o", color=color, markersize=9 if len(x) == 1 else 5)
+                axis.annotate(words, (np.mean(x), np.mean(y)), (9, -4), fontsize=10, color=color,
+                              textcoords="offset points")
+                continue
             axis.plot(x, y, dashes, color=color, label=words, marker="." if len(x) < 65 else "")
             if band:
                 axis.fill_between(x, *band, color=color, alpha=0.12, linewidth=0)
+
+
+def trade_figure(items: Sequence[Found], points: dict[str, tuple]) -> Figure:
+    """Of the built-in world: right answers against the facts that are still told, at a point, or
+    one for each run, (x, y) of a method."""
+    about = ("Section 2.1: forward KL covers what the teacher may say, and is wrong where "
+             "the student cannot hold it; reverse KL drops some of it, and is right more often.")
+    return Figure("Right answers against coverage", about, "first-run", items, {"": points},
+                  "facts that its answers still tell, %", "right answers, %", dots=True)
 
 
 def over_runs(curves: Iterable[tuple[Iterable[float], Iterable[float | None]]]) -> np.ndarray:
@@ -783,12 +799,16 @@ def main(cfg: Config) -> None:
                judge_table(items["judge"])]
     flags = differing(trainings)
     figures = [sweep_figure(flag, trainings, evaluations) for flag in SWEEPS if flags == [flag]]
+    trade = [item for item in evaluations if "covered" in item.content["scores"]]
+    points = {name: [[np.mean(item.content["scores"][metric]) for item in group]
+                     for metric in ("covered", "valid")] for name, group in grouped(trade).items()}
     figures += [training_figure(trainings, cfg.smooth), exposure_figure(items["exposure"])]
     figures += [length_figure(data, group) for data, group in sets.items()]
     figures.append(reliability_figure(items["calibration"]))
     tables = [table for table in tables if table.rows]
     figures = [figure for figure in figures if figure.panels]
-    parts = [part.html() for part in (*tables, *figures)]
+    first = [trade_figure(trade, points)] if len(points) > 1 else []
+    parts = [part.html() for part in (*first, *tables, *figures)]
     parts += [answers_page(data, group, cfg.prompts) for data, group in sets.items()]
     title = html.escape(cfg.title)
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
@@ -796,11 +816,11 @@ def main(cfg: Config) -> None:
             f"<p><code>{html.escape(command())}</code></p>\n{''.join(parts)}</html>\n")
     markdown = f"# {cfg.title}\n\n`{command()}`\n\n" + "\n".join(t.markdown() for t in tables)
     files = {"report.html": page.encode(), "report.md": markdown.encode()}
-    files |= {f"{figure.file}.png": figure.png for figure in figures}
+    files |= {f"{figure.file}.png": figure.png for figure in (*first, *figures)}
     for file, content in files.items():
         with written_aside(Path(cfg.out) / file) as aside:
             aside.write_bytes(content)
-    print(f"{Path(cfg.out) / 'report.html'}: {len(tables)} tables, {len(figures)} figures")
+    print(f"{Path(cfg.out) / 'report.html'}: {len(tables)} tables, {len(first + figures)} figures")
 
 
 if __name__ == "__main__":

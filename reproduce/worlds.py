@@ -94,6 +94,24 @@ class World:
         return self.distill(name, *same, *flags)
 
 
+    def answers(self) -> Command:
+        """The teacher's answers, from which SeqKD learns in the built-in world."""
+        return ["sample.py", f"--model={self.teacher}", "--data=tiny", "--split=train",
+                "--max_prompt_tokens=16", "--max_response_tokens=28", "--sample_batch=256",
+                "--dtype=float32", f"--seed={self.seed}", f"--out={self.folder('answers.jsonl')}"]
+
+    def baseline(self, name: str, method: str, *flags: str) -> Command:
+        """A baseline of the built-in world, as start() trains it, but with these flags."""
+        data = {"seqkd": [f"--data={self.folder('answers.jsonl')}", "--valid_data=tiny"],
+                "kd": ["--data=tiny", f"--teacher={self.teacher}"], "sft": ["--data=tiny"]}
+        same = [f"--model={self.init}", *data[method], "--max_prompt_tokens=16", "--max_tokens=44",
+                "--batch_size=64", "--micro_batch=64", "--select=last", "--evals=1",
+                "--dtype=float32", f"--seed={self.seed}", f"--out={self.folder(name)}"]
+        given = {flag.split("=")[0] for flag in flags}
+        same = [flag for flag in same if flag.split("=")[0] not in given]
+        return ["teacher.py", "--resume", *same, *flags]
+
+
 def run(commands: Callable[[World], Iterator[Command]], report: str) -> None:
     """Runs the commands of each seed, then measure.report on the folders that they name as
     --out."""
@@ -110,7 +128,8 @@ def go(cfg: Config, commands: Callable[[World], Iterator[Command]], report: str)
         work.append(mine)
         everything += mine
     if not everything:
-        raise UserError(f"--world={cfg.world} has nothing of this: give --world=paper")
+        other = {"tiny": "paper", "paper": "tiny"}[cfg.world]
+        raise UserError(f"--world={cfg.world} has nothing of this: give --world={other}")
     made = [flag.removeprefix("--out=") for command in everything for flag in command
             if flag.startswith("--out=")]
     for command in everything:

@@ -305,8 +305,9 @@ class Progress:
             text += f"  left {clock(left)}"
         self.m.say(f"{self.stage} {step}/{self.last}  {text}")
         for answer in answers or ():
+            mark = {100.0: "right  ", 0.0: "wrong  "}.get(answer["scores"].get("valid"), "")
             text = f"{answer['instruction']} {answer['input']} -> {answer['answer']}"
-            self.m.say(f"    {' '.join(text.split())[:96]}")
+            self.m.say(f"    {mark}{' '.join(text.split())[:110 - len(mark)]}")
 
 
 class Run:

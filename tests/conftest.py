@@ -69,7 +69,7 @@ def distill_config(tiny_models, tmp_path):
     """A function that makes a Config of distill.py for a few updates of the small models."""
     def config(**settings) -> distill.Config:
         small = dict(preset="tiny", **tiny_models, out=str(tmp_path / "run"), baselines="", steps=4, rollouts=16,
-                     minibatch=8, inner_epochs=2, eval_every=4, plan="off", device="cpu")
+                     minibatch=8, inner_epochs=2, eval_every=4, plan="off", device="cpu", pt_coef=0.2)
         return make(distill.Config, small | settings, distill.presets)
     return config
 

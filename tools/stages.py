@@ -21,15 +21,15 @@ import teacher as supervised
 from config import UserError, machine, make
 from model import is_shape
 from safe import runs
-from safe.files import read_json, write_json
+from safe.files import read_json, write_json, written_aside
 from safe.hub import tensor_names, weight_files
 from safe.rows import is_file_of_rows
 
 # The supervised stages of the built-in world. Rouge-L is chance there, where a reference is one of
 # very many right answers: the last weights are kept, and phase 1's of the lowest loss.
-TINY_TEACHER = dict(updates=800, lr=6e-3, batch_size=32, select="last", evals=1)
-TINY_INIT = dict(updates=1000, lr=1.2e-2, batch_size=64, evals=4)
-TINY_BASELINE = dict(lr=6e-3, batch_size=64, select="last", evals=4)
+TINY_TEACHER = dict(updates=800, lr=6e-3, batch_size=64, select="last", evals=1)
+TINY_INIT = dict(updates=2000, lr=2.4e-2, batch_size=64, evals=4)
+TINY_BASELINE = dict(lr=8e-3, batch_size=64, select="last", evals=4)
 GPT2S = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 AS_RELEASED = {*GPT2S, *(f"openai-community/{name}" for name in GPT2S), "distilgpt2",
                "distilbert/distilgpt2"}
@@ -165,11 +165,16 @@ def evaluate(cfg: distill.Config) -> list[dict]:
         table.append({"method": method, **means, "std": spread})
     if m.rank == 0:
         write_json(out / "results.json", table)
-    columns = ("valid", "distinct", "rouge_l", "reverse_kl", "forward_kl", "loss", "tokens")
+    columns = ("valid", "covered", "rouge_l", "reverse_kl", "forward_kl", "loss", "tokens")
     columns = [name for name in columns if name in table[0]]
     m.say(f"\n{'method':10}" + "".join(f"{name:>12}" for name in columns))
     for row in table:
         m.say(f"{row['method']:10}" + "".join(f"{row[name]:12.3f}" for name in columns))
+    if m.rank == 0 and "covered" in table[0]:
+        from measure.report import trade_figure  # it imports distill.py
+        points = {row["method"]: ([row["covered"]], [row["valid"]]) for row in table}
+        with written_aside(out / "first-run.png") as aside:
+            aside.write_bytes(trade_figure([], points).png)
     if sees < 50:
         m.say(f"rouge_l is blind here: it sees {sees:.0f}% of the references' letters; eval.py "
               "--rouge=unicode reads any script")

@@ -1,0 +1,29 @@
+"""The settings of the first run: which learning rate and how many updates are best for each method.
+
+The search is the same for the baselines and MiniLLM: four learning rates, with as many updates as
+the first run has and with twice as many, on the seeds 101, 102 and 103, which no table uses.
+
+The tiny world: 32 runs a seed, half an hour on one core.
+--world=paper:  there is nothing; Appendix B.1 has the paper's grids.
+Run:            python -m reproduce.search --seeds=3
+"""
+
+from reproduce.worlds import World, run
+
+RATES = ("2e-3", "4e-3", "8e-3", "1.6e-2")
+
+
+def commands(world: World):
+    if not world.tiny:
+        return
+    world = World(world.name, 100 + world.seed)
+    yield world.start()
+    yield world.answers()
+    for lr in RATES:
+        for method in ("sft", "kd", "seqkd"):
+            yield world.baseline(f"{method}-{lr}", method, f"--lr={lr}", "--updates=640")
+        yield world.variant(f"minillm-{lr}", f"--lr={lr}")
+
+
+if __name__ == "__main__":
+    run(commands, "search")
