@@ -2,9 +2,9 @@
 
 The paper:      without L_PT the average accuracy on SST-2 and BoolQ falls from 70.2 to 65.7
                 (OPT-1.3B), and instruction Rouge-L rises from 52.8 to 53.2.
-The tiny world: `text_loss`, in nats a token of plain text, stands for accuracy; it takes minutes.
-                The student has seen no plain text before phase 2, so L_PT teaches it and has
-                nothing to keep. Phase 1 is measured too.
+The tiny world: `text_loss`, in nats a token of plain text, stands for accuracy. The student learns
+                plain text first, as GPT-2 has, then phase 1; --pt_coef is 0, 0.2 and 1 in phase 2,
+                a minute each.
 --world=paper:  GPT-2 120M, its accuracy by measure.calibration. The hub lacks two files in this
                 form, so put them into the project's root: boolq_dev.jsonl (SuperGLUE's or Google's)
                 and dev.tsv (GLUE's SST-2). Not run yet.
@@ -16,19 +16,31 @@ from reproduce.worlds import World, run
 
 def commands(world: World):
     yield world.start()
+    if world.tiny:
+        base, init = world.folder("text-base"), world.folder("text-init")
+        yield ["teacher.py", "--resume", "--model=1x2x10", "--data=tiny-text", "--select=loss",
+               "--updates=2000", "--lr=1.6e-2", "--batch_size=64", "--micro_batch=64",
+               "--max_tokens=44", "--dtype=float32", f"--seed={world.seed}", f"--out={base}"]
+        yield world.baseline("text-init", "sft", f"--model={base}", "--lr=1.6e-2",
+                             "--updates=2000")
+        models = {"text-base": base, "text-init": init}
+        for pt_coef in ("0", "0.2", "1"):
+            name = f"text-pt-{pt_coef}"
+            yield world.variant(name, f"--student={init}", f"--pt_coef={pt_coef}")
+            models[name] = f"{world.folder(name)}/minillm"
+        for name, model in models.items():
+            yield ["eval.py", f"--model={model}", f"--teacher={world.teacher}",
+                   "--corpus=tiny-text", "--max_prompt_tokens=16", "--max_response_tokens=28",
+                   "--dtype=float32", f"--out={world.folder('text')}/{name}"]
+        return
     yield world.variant("no-plain-text", "--pt_coef=0")
     for name, model in (
         ("init", world.init),
         ("start", f"{world.folder('start')}/minillm"),
         ("no-plain-text", f"{world.folder('no-plain-text')}/minillm"),
     ):
-        out = world.folder(f"text-{name}")
-        if world.tiny:
-            yield ["eval.py", f"--model={model}", "--corpus=tiny-text", "--max_prompt_tokens=16",
-                   "--max_response_tokens=28", f"--out={out}"]
-        else:
-            yield ["-m", "measure.calibration", f"--model={model}",
-                   "--data=boolq_dev.jsonl,dev.tsv", f"--out={out}"]
+        yield ["-m", "measure.calibration", f"--model={model}", "--data=boolq_dev.jsonl,dev.tsv",
+               f"--out={world.folder(f'text-{name}')}"]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Every script in this folder lists the project's own commands for one table or fi
 is printed before it runs, and measure.report comes last. Finished work is kept: a script that was
 stopped goes on when it is started again, and what several scripts need is made once.
 
-tiny:     the built-in world, on a CPU: a student of 3,756 parameters, and two larger ones where
+tiny:     the built-in world, on a CPU: a student of 2,408 parameters, and two larger ones where
           sizes are compared
 paper:    GPT-2 on Dolly, on a GPU; phase 2 begins with the released teacher and the released
           result of phase 1
@@ -133,7 +133,7 @@ def go(cfg: Config, commands: Callable[[World], Iterator[Command]], report: str)
     made = [flag.removeprefix("--out=") for command in everything for flag in command
             if flag.startswith("--out=")]
     for command in everything:
-        if cfg.limit and command[0] != "distill.py":
+        if cfg.limit and command[0] in ("eval.py", "-m"):
             command.append(f"--limit={cfg.limit}")
     failed = threading.Event()
 

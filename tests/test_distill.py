@@ -319,6 +319,13 @@ def test_which_models_are_fine_tuned_first(tmp_path, tiny_models, monkeypatch):
         assert stages.is_raw("dolly", "teacher", cfg)[0] == stages.is_raw("base", "teacher", cfg)[0] == asked
 
 
+def test_a_share_of_no_loss_on_plain_text_is_refused(distill_config):
+    refused(lambda: stages.stages(distill_config(pt_kd=0.5, pt_coef=0.0)), "--pt_kd=0.5 is a share of L_PT",
+            "--pt_coef")
+    stages.stages(distill_config(recipe="official", pt_coef=0.0))
+    stages.stages(distill_config(pt_kd=0.5))
+
+
 def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(distill_config, tiny_models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_models["teacher"], "p")
@@ -879,6 +886,7 @@ def test_every_stage_from_nothing_and_none_of_them_twice(distill_config, tmp_pat
     assert [row["method"] for row in rows] == ["teacher", "init", "sft", "kd", "seqkd", "minillm"]
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == rows
     for row in rows:
+        assert (tmp_path / "run" / "first-run.png").read_bytes().startswith(b"\x89PNG")
         assert {"valid", "covered", "reverse_kl", "forward_kl", "loss", "rouge_l", "std"} <= set(row)
     assert rows[0]["reverse_kl"] == 0 and all(row["reverse_kl"] > 0 for row in rows[1:])
     assert printed.index("plan: 1x2x12 teaches 1x2x8 tiny") < printed.index("run/teacher: 1x2x12")

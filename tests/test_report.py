@@ -231,6 +231,25 @@ def test_a_run_and_its_exposure_bias(distill_config, few_rows, tmp_path, capsys)
                                                                       "exposure.png", "first-run.png"}
 
 
+def test_right_answers_are_drawn_against_what_is_still_told(tmp_path):
+    """A point for each run of a method; the page begins with the picture. Without coverage there is none."""
+    for seed, shift in (("seed-1", 0.0), ("seed-2", 2.0)):
+        for method, valid, covered in (("teacher", 89.0, 99.0), ("sft", 30.0, 92.0), ("minillm", 70.0, 80.0)):
+            evaluation(tmp_path / seed / method, f"out/{seed}/{method}", valid=[valid - 1 + shift, valid + 1 + shift],
+                       covered=[covered + shift])
+    report.main(report.Config((str(tmp_path),), out=str(tmp_path / "report")))
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.split("<h2>")[1].startswith("Right answers against coverage")
+    items = of_kind("evaluation", find([str(tmp_path)]))
+    figure = report.trade_figure(items, {"sft": ([92.0, 94.0], [30.0, 32.0])})
+    assert figure.png.startswith(b"\x89PNG") and figure.labels == ["sft"]
+    shutil.rmtree(tmp_path / "report")
+    for path in tmp_path.rglob("results.json"):
+        path.write_text(path.read_text().replace('"covered"', '"other"'))
+    report.main(report.Config((str(tmp_path),), out=str(tmp_path / "report")))
+    assert not (tmp_path / "report" / "first-run.png").exists()
+
+
 def test_folders_that_hold_nothing(tmp_path):
     refused(lambda: report.Config(), "give the folders")
     refused(lambda: find([str(tmp_path / "none")]), "none is not a folder")

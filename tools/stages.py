@@ -28,7 +28,7 @@ from safe.rows import is_file_of_rows
 # The supervised stages of the built-in world. Rouge-L is chance there, where a reference is one of
 # very many right answers: the last weights are kept, and phase 1's of the lowest loss.
 TINY_TEACHER = dict(updates=800, lr=6e-3, batch_size=64, select="last", evals=1)
-TINY_INIT = dict(updates=2000, lr=2.4e-2, batch_size=64, evals=4)
+TINY_INIT = dict(updates=2000, lr=1.6e-2, batch_size=64, evals=4)
 TINY_BASELINE = dict(lr=8e-3, batch_size=64, select="last", evals=4)
 GPT2S = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 AS_RELEASED = {*GPT2S, *(f"openai-community/{name}" for name in GPT2S), "distilgpt2",
@@ -92,6 +92,9 @@ def stages(cfg: distill.Config) -> Stages:
             cfg.teacher, "teacher", cfg)[0]:
         raise UserError(f"--teacher and --student are both {cfg.teacher}: it has nothing to learn "
                         "from itself")
+    if cfg.pt_kd and not cfg.pt_coef and cfg.recipe == "paper":
+        raise UserError(f"--pt_kd={cfg.pt_kd} is a share of L_PT, which --pt_coef=0 leaves out: "
+                        "give --pt_coef too")
     wanted = cfg.baselines.split(",") if cfg.baselines else []
     if not set(wanted) <= {"sft", "kd", "seqkd"} or len(wanted) > len(set(wanted)):
         raise UserError(f"--baselines={cfg.baselines}: give some of sft, kd, seqkd, once each")
