@@ -29,9 +29,7 @@ def commands(world: World):
             yield world.variant(name, f"--student={init}", f"--pt_coef={pt_coef}")
             models[name] = f"{world.folder(name)}/minillm"
         for name, model in models.items():
-            yield ["eval.py", f"--model={model}", f"--teacher={world.teacher}",
-                   "--corpus=tiny-text", "--max_prompt_tokens=16", "--max_response_tokens=28",
-                   "--dtype=float32", f"--out={world.folder('text')}/{name}"]
+            yield world.evaluation("text", name, model, "--corpus=tiny-text")
         return
     yield world.variant("no-plain-text", "--pt_coef=0")
     for name, model in (

@@ -112,6 +112,13 @@ class World:
         return ["teacher.py", "--resume", *same, *flags]
 
 
+    def evaluation(self, script: str, name: str, model: str, *flags: str) -> Command:
+        """Evaluates a model of the built-in world, as the table at a run's end does."""
+        return ["eval.py", f"--model={model}", f"--teacher={self.teacher}", "--data=tiny",
+                "--max_prompt_tokens=16", "--max_response_tokens=28", "--sample_batch=256",
+                "--dtype=float32", f"--out={self.folder(script)}/{name}", *flags]
+
+
 def run(commands: Callable[[World], Iterator[Command]], report: str) -> None:
     """Runs the commands of each seed, then measure.report on the folders that they name as
     --out."""
