@@ -507,7 +507,7 @@ class Figure:
     line: tuple = ()  # the x's and the y's of a thin grey line
     ticks: Sequence[str] = ()  # the names of x = 0, 1, 2 ...
     bars: bool = False
-    dots: bool = False  # labelled where they are; both axes are percentages
+    dots: bool = False  # of percentages, with labels beside them
 
     def __post_init__(self):
         self.panels = {name: lines for name, lines in self.panels.items() if lines}
@@ -556,6 +556,9 @@ class Figure:
         axis.set_ylabel(self.ylabel)
         if self.ticks:
             axis.set_xticks(range(len(self.ticks)), self.ticks)
+        if self.dots:
+            axis.set_ylim(0, 100)
+            axis.margins(x=0.1)  # room for labels
         if self.line:
             axis.plot(*self.line, color="#888888", linewidth=0.8)
         width = 0.8 / len(self.labels)  # of a bar
@@ -572,8 +575,9 @@ class Figure:
                 continue
             if self.dots:
                 axis.plot(x, y, "o", color=color, markersize=9 if len(x) == 1 else 5)
-                axis.annotate(words, (np.mean(x), np.mean(y)), (9, -4), fontsize=10, color=color,
-                              textcoords="offset points")
+                above = 9 if n % 2 else -18  # SFT's label is below its dot, KD's above
+                axis.annotate(words, (np.mean(x), np.mean(y)), (0, above), color=color,
+                              textcoords="offset points", ha="center")
                 continue
             axis.plot(x, y, dashes, color=color, label=words, marker="." if len(x) < 65 else "")
             if band:
