@@ -3,7 +3,7 @@
 Paper:    arXiv 2306.08543v4, Section 2. The equations are below, except Eq. (4), which is in
           sample.py. Phase 1 of Algorithm 1 is in teacher.py, phase 2 is algorithm_1() below. Where
           the code departs from the paper, a comment says "not".
-Run:      python distill.py                    the built-in world: no network, no GPU, two minutes
+Run:      python distill.py                    the built-in world: no network, no GPU, three minutes
           python distill.py --teacher=gpt2-xl  the paper's world, from the released GPT-2 on
           python distill.py --teacher=MiniLLM/teacher-gpt2-1.5B --student=MiniLLM/init-gpt2-120M
 Shapes:   B answers, b in a micro-batch, c in a chunk, T response tokens, D width, V vocabulary.

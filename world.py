@@ -3,8 +3,8 @@
 Each of 48 things has facts of its own: three adjectives, three deeds, three places, two wishes and
 three later places, drawn once from lists of twelve and six. A right answer is a short story whose
 words are all true of its thing. So a laptop can measure precision instead of estimating it, and
-count which of the 672 facts a student still tells. Facts take memory: a student too small for all
-of them has to choose. There are 432 prompts; a model is trained on all and tested on the same ones.
+count which of the 672 facts a student still tells. Facts take memory: a small student does not hold
+all of them, and has to choose. There are 432 prompts; all are trained on, and the same ones tested.
 
 Paper:    none; but Section 2.1 of arXiv 2306.08543v4 prefers a student that is right to a student
           that covers everything.
