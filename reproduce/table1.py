@@ -3,7 +3,7 @@
 The paper:      MiniLLM leads in Rouge-L, except with 340M on Dolly; with 120M it has 24.6 there,
                 and SFT has 23.3.
 The tiny world: one set, whose measures are valid % and reverse KL; students of 1 layer, 8, 10 and
-                16 wide, of which the smaller cannot hold the facts of that world. 15 minutes.
+                16 wide, of which the smaller do not hold all facts of that world. 15 minutes.
 --world=paper:  everything is trained anew, the teacher first; then five sets and five seeds for
                 each of 13 models, on one GPU of 80 GB. The hours on yours are told by
                 `python distill.py --teacher=gpt2-xl --plan=only`. Not run yet.

@@ -4,7 +4,7 @@ Every script in this folder lists the project's own commands for one table or fi
 is printed before it runs, and measure.report comes last. Finished work is kept: a script that was
 stopped goes on when it is started again, and what several scripts need is made once.
 
-tiny:     the built-in world, on a CPU: a student of 2,408 parameters, and two larger ones where
+tiny:     the built-in world, on a CPU: a student of 3,250 parameters, and two larger ones where
           sizes are compared
 paper:    GPT-2 on Dolly, on a GPU; phase 2 begins with the released teacher and the released
           result of phase 1
@@ -110,7 +110,6 @@ class World:
         given = {flag.split("=")[0] for flag in flags}
         same = [flag for flag in same if flag.split("=")[0] not in given]
         return ["teacher.py", "--resume", *same, *flags]
-
 
     def evaluation(self, script: str, name: str, model: str, *flags: str) -> Command:
         """Evaluates a model of the built-in world, as the table at a run's end does."""

@@ -104,10 +104,10 @@ def weight_files(name: str) -> list[Path]:
     if any(Path(name).glob("adapter_model.*")):
         raise UserError(f"{name} holds an adapter, which is not read: merge it into the weights "
                         "(merge_and_unload() in peft), and save those")
-    if len(kinds := [file.name for file in sorted(Path(name).glob("*"))
-                     if file.name in ("model.safetensors", "pytorch_model.bin")]) > 1:
+    kinds = ("model.safetensors", "pytorch_model.bin")
+    if all((Path(name) / kind).is_file() for kind in kinds):
         say_once(f"{name} holds {' and '.join(kinds)}: the first is read")
-    for whole in ("model.safetensors", "pytorch_model.bin"):
+    for whole in kinds:
         if path := fetch(name, whole):
             return [path]
         if index := fetch(name, whole + ".index.json"):

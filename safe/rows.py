@@ -267,6 +267,13 @@ def is_blank(text: str) -> bool:
     return all(unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf") for c in text)
 
 
+def plain_prompt(row) -> str:
+    """The prompt of a data.Row in the form in which twins are equal."""
+    plain = unicodedata.normalize("NFKC", row.prompt_text).casefold()
+    plain = "".join(c for c in plain if c.isascii() or unicodedata.category(c) != "Cf")
+    return " ".join(plain.split())
+
+
 def held_out_rows(name: str, rows: list) -> set[int]:
     """The numbers of those of a file's data.Rows that validate: a tenth of all, at most 1,000.
 
@@ -275,9 +282,7 @@ def held_out_rows(name: str, rows: list) -> set[int]:
     letter make no other prompt."""
     numbers_by_hash = defaultdict(list)
     for number, row in enumerate(rows):
-        plain = unicodedata.normalize("NFKC", row.prompt_text).casefold()
-        plain = "".join(c for c in plain if c.isascii() or unicodedata.category(c) != "Cf")
-        plain = " ".join(plain.split())
+        plain = plain_prompt(row)
         numbers_by_hash[hashlib.sha256(plain.encode()).hexdigest()].append(number)
     if len(numbers_by_hash) < 2:
         raise UserError(f"{name}: rows of one prompt cannot train and validate too: add others, or "
@@ -294,8 +299,8 @@ def held_out_rows(name: str, rows: list) -> set[int]:
 def apart(name: str, examples: list, valid_name: str, valid: list, say: Callable) -> list:
     """Those data.Examples whose prompts do not validate. It matters where a file of sampled answers
     is trained on, say. The built-in world is passed over: all of its prompts are trained on."""
-    prompts = {example.row.prompt_text for example in valid}
-    kept = [example for example in examples if example.row.prompt_text not in prompts]
+    prompts = {plain_prompt(example.row) for example in valid}
+    kept = [example for example in examples if plain_prompt(example.row) not in prompts]
     if valid_name == "tiny" or len(kept) == len(examples):
         return examples
     if not kept:

@@ -358,6 +358,8 @@ def test_prompts_that_validate_are_not_trained_on_from_another_file(tmp_path, ca
     assert [example.row for example in kept] == load_rows(whole, "train")
     assert capsys.readouterr().out == (f"data answers.jsonl: 4 rows are left out, as prompts of {whole} validate\n")
     assert of_rows.apart("answers.jsonl", kept, whole, valid, print) == kept
+    twins = [data.Example(Row(row.instruction.upper() + "\u200b"), [1], [2]) for row in rows]
+    assert len(of_rows.apart("answers.jsonl", twins, whole, valid, lambda line: None)) == 36
     assert of_rows.apart("answers.jsonl", examples, "tiny", valid, print) == examples
     refused(lambda: of_rows.apart("answers.jsonl", valid, whole, valid, print), "holds no other prompts")
     assert capsys.readouterr().out == ""
