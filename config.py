@@ -71,8 +71,7 @@ def flag(default, help: str, low: float | None = None, high: float = math.inf,
 
 def make(Config: type, given: dict, presets=None):
     """Returns a Config of the settings given, of what `presets(given)` adds, and of defaults."""
-    implied = presets(given) if presets else {}
-    return Config(**implied | given)
+    return Config(**(presets(given) if presets else {}) | given)
 
 
 @in_one_line()
@@ -123,8 +122,7 @@ def check(cfg, **ranges: tuple[float, float]) -> None:
         low, high = ranges.get(field.name, (field.metadata["low"], field.metadata["high"]))
         value = getattr(cfg, field.name)
         if value is not None and low is not None and not low <= value <= high:
-            between = f"it must lie between {low} and {high}"
-            raise UserError(f"--{field.name}={value} is out of range: {between}")
+            raise UserError(f"--{field.name}={value} is out of range: give {low} to {high}")
 
 
 @in_one_line()
@@ -165,7 +163,7 @@ class Machine:
     rank: int = 0
     world: int = 1
     sample_batch: int = 64  # answers decoded together
-    vocab_chunk: int = 512  # positions whose logits exist at a time
+    logits: int = 2**25  # numbers in the logits that exist at a time
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -173,6 +171,10 @@ class Machine:
     def sum(self, *tensors: torch.Tensor) -> None:
         for tensor in tensors if self.world > 1 else ():
             dist.all_reduce(tensor)
+
+    def room(self, T: int, vocab_size: int) -> int:
+        """How many rows of T positions have their logits at a time: 1 to sample_batch."""
+        return min(self.sample_batch, max(1, self.logits // (T * vocab_size)))
 
     def max(self, tensor: torch.Tensor) -> None:
         if self.world > 1:
@@ -226,4 +228,5 @@ def machine(device: str = "auto", dtype: str = "auto", sample_batch: int = 64) -
         backend = dict(backend="gloo") if device == "cpu" else dict(backend="nccl", device_id=place)
         dist.init_process_group(**backend, timeout=timedelta(hours=6))
     kind = fastest if dtype == "auto" else getattr(torch, dtype)
-    return Machine(place, kind, rank, world, sample_batch, 128 if device == "cpu" else 1024)
+    logits = int(6.5e6 if device == "cpu" else 5.2e7)
+    return Machine(place, kind, rank, world, sample_batch, logits)

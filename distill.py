@@ -378,7 +378,7 @@ def algorithm_1(student: GPT, teacher: GPT, instructions: Sequence[data.Example]
                     hidden = batch.predicting(student(batch.tokens))  # (b, T, D)
                     head = student.head()  # (V, D)
                 states = hidden.detach().requires_grad_()  # logits fit for a few rows at a time
-                for chunk in data.slices(range(b), max(1, m.vocab_chunk // T)):
+                for chunk in data.slices(range(b), m.room(T, len(head))):
                     at = [some[row] for row in chunk]  # the same rows in the rollout
                     response_mask = batch.response_mask[chunk]
                     p_hidden = rollout.teacher_hidden[at, :T]  # kept: no layer of the teacher runs

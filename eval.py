@@ -71,7 +71,7 @@ def held_out_loss(model: GPT, examples: Sequence[Example], m: Machine) -> float:
     total = torch.zeros(2, dtype=torch.float64, device=m.device)  # nats, tokens
     longest = max(len(e.response) for e in examples)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].response))
-    for rows in data.slices(order[m.rank :: m.world], max(1, m.vocab_chunk // longest)):
+    for rows in data.slices(order[m.rank :: m.world], m.room(longest, model.config.vocab_size)):
         batch = data.batch_of([examples[i] for i in rows], m.device)
         with m.autocast():
             hidden = batch.predicting(model(batch.tokens))  # (b, T, D)

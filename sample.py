@@ -165,7 +165,7 @@ def follow(student: GPT, prompts: list[list[int]], answers: list[list[int]], T: 
     rollout = Rollout.empty(prompts, T, m, teacher.config.n_embd if keep_hidden else 0)
     rollout.reverse_kl = torch.zeros_like(rollout.student_logp)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) + len(answers[row]))
-    for rows in data.slices(order, max(1, m.vocab_chunk // T)):  # as many as logits have room for
+    for rows in data.slices(order, m.room(T, student.config.vocab_size)):
         batch = data.pad_right([prompts[r] for r in rows], [answers[r] for r in rows], m.device)
         with m.autocast():
             tokens = batch.tokens[:, :-1]  # the last predicts nothing, and may have no position

@@ -125,7 +125,7 @@ def add_gradient(model: GPT, batch: Batch, divisor: float, m: Machine,
     # then goes back through the layers at once.
     states = hidden.detach().requires_grad_()
     b, T = batch.response.shape
-    for rows in data.slices(range(b), max(1, m.vocab_chunk // T)):
+    for rows in data.slices(range(b), m.room(T, len(head))):
         with m.autocast():
             log_q = model.logits(states[rows], head).log_softmax(-1)  # (c, T, V)
             gold = -taken(log_q, batch.response[rows])  # (c, T)

@@ -257,7 +257,7 @@ def read(batch: Together, which: int, t: int, draws: bool) -> None:
     with batch.m.autocast():
         hidden = model(text[:, cache.length :], batch.starts, cache)  # (b, n, D)
         predicting = hidden[:, first - t - 1 :]  # y_first to y_t
-        for part in predicting.split(max(1, batch.m.vocab_chunk // len(rows)), 1):
+        for part in predicting.split(batch.m.room(len(rows), model.config.vocab_size), 1):
             logp_vocab = model.logits(part).log_softmax(-1)  # (b, chunk, V)
             after = first + part.size(1)
             if draws and after == t + 1:

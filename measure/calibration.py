@@ -104,7 +104,7 @@ def label_probabilities(model: GPT, prompts: Sequence[list[int]], labels: Sequen
     groups = [[k] for k in range(len(labels))]
     if longest == 1:
         groups = [range(len(labels))]  # one pass predicts all labels of one token
-    batches = data.slices(order, max(1, min(m.sample_batch, m.vocab_chunk // longest)))
+    batches = data.slices(order, m.room(longest, model.config.vocab_size))
     quiet = True if m.rank or not progress else None  # None: quiet unless a terminal shows it
     rows = []
     for some in tqdm(list(batches), progress, leave=False, delay=2, disable=quiet):

@@ -98,8 +98,8 @@ def test_a_label_is_the_product_of_its_tokens(m, labels):
                     p *= gpt.logits(gpt(torch.tensor([prompt + label[:t]])))[0, -1].softmax(-1)[token].item()
             products.append(p)
         want.append([p / sum(products) for p in products])
-    for sample_batch, vocab_chunk in ((1, 512), (2, 512), (5, 512), (5, 2), (5, 1)):
-        few = dataclasses.replace(m, sample_batch=sample_batch, vocab_chunk=vocab_chunk)
+    for sample_batch, positions in ((1, 512), (2, 512), (5, 512), (5, 2), (5, 1)):
+        few = dataclasses.replace(m, sample_batch=sample_batch, logits=11 * positions)
         np.testing.assert_allclose(label_probabilities(gpt, PROMPTS, labels, few), want, rtol=1e-4)
 
 

@@ -66,12 +66,12 @@ def test_words_may_stand_anywhere_among_the_flags():
     (["-lr=1"], ["unknown flag -lr (did you mean --lr?)"]),
     (["--qqq"], ["unknown flag --qqq", "--name=value", "--help"]),
     (["--lr=fast"], ["--lr", "float", "'fast'"]),
-    (["--lr=nan"], ["--lr=nan is out of range", "between 0 and 1"]),
-    (["--lr=2"], ["--lr=2.0 is out of range", "between 0 and 1"]),
+    (["--lr=nan"], ["--lr=nan is out of range", "give 0 to 1"]),
+    (["--lr=2"], ["--lr=2.0 is out of range", "give 0 to 1"]),
     (["--lr=--"], ["--lr"]),  # which argparse may read as no value at all
     (["--steps=2.5"], ["--steps", "int", "'2.5'"]),
     (["--steps="], ["--steps", "int", "''"]),
-    (["--steps=0"], ["--steps=0 is out of range", "between 1 and 10"]),
+    (["--steps=0"], ["--steps=0 is out of range", "give 1 to 10"]),
     (["--compile=maybe"], ["--compile", "true_or_false", "'maybe'"]),
     (["--recipe=mine"], ["--recipe", "'mine'", "paper", "official"]),
     (["--teacher"], ["--teacher", "expected one argument"]),
@@ -239,7 +239,9 @@ def test_an_unknown_device_is_refused(device):
 
 def test_the_cpu_as_a_machine():
     m = config.machine("cpu", sample_batch=7)
-    assert (m.device.type, m.rank, m.world, m.sample_batch, m.vocab_chunk) == ("cpu", 0, 1, 7, 128)
+    assert (m.device.type, m.rank, m.world, m.sample_batch) == ("cpu", 0, 1, 7)
+    assert [m.room(T, V) for T, V in ((1, 50257), (10, 50257), (500, 50257), (10, 500))] == [7, 7, 1, 7]
+    assert [config.machine("cpu").room(T, V) for T, V in ((20, 50257), (10, 20000), (10, 50))] == [6, 32, 64]
     assert m.dtype in (torch.float32, torch.bfloat16) and config.machine("cpu", "float16").dtype == torch.float16
     assert m.gather([1, 2]) == [1, 2]
     assert not CPU.autocast()._enabled
@@ -257,7 +259,7 @@ def test_which_gpu_is_whose(monkeypatch):
     monkeypatch.setattr(config.dist, "init_process_group", lambda **settings: joined.append(settings))
     for device in ("auto", "cuda", "cuda:1"):
         m = config.machine(device)
-        assert (m.dtype, m.vocab_chunk) == (torch.float16, 1024)  # the GPU is one without bfloat16
+        assert (m.dtype, m.room(100, 50257)) == (torch.float16, 10)  # the GPU is one without bfloat16
     assert said == [torch.device("cuda", n) for n in (0, 0, 1)] and not joined
     assert cudnn == [False] * 3
     refused(lambda: config.machine("cuda:2"), "no GPU number 2", "--device=cpu")

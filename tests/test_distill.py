@@ -259,7 +259,7 @@ def test_what_an_objective_is_made_of():
 
 def test_settings_that_cannot_work():
     refused(lambda: Config(rollouts=100), "--rollouts=100 is not a multiple of --minibatch=64")
-    refused(lambda: Config(max_tokens=16), "--max_tokens=16 is out of range", "between 17 and 1024")
+    refused(lambda: Config(max_tokens=16), "--max_tokens=16 is out of range", "give 17 to 1024")
     for names in ("sft,dpo", "sft,sft"):
         refused(lambda names=names: stages.stages(Config(baselines=names)), f"--baselines={names}", "once each")
     refused(lambda: Config(mix_alpha=1.5), "--mix_alpha=1.5 is out of range")
@@ -373,11 +373,11 @@ def small(m, monkeypatch):
         rollouts.append(collect(*given))
         return rollouts[-1]
 
-    def begin(student, teacher, vocab_chunk=256, **settings):
+    def begin(student, teacher, logits=2**25, **settings):
         cfg = make(Config, SMALL | settings, distill.presets)
         optimizer, scaler = Noting(student.parameters()), torch.amp.GradScaler("cpu", enabled=False)
         updates = distill.algorithm_1(student, teacher, EXAMPLES, TEXT if cfg.pt_coef else [], optimizer, scaler, cfg,
-                                      dataclasses.replace(m, vocab_chunk=vocab_chunk), 0)
+                                      dataclasses.replace(m, logits=logits), 0)
         return SimpleNamespace(cfg=cfg, optimizer=optimizer, updates=updates, rollouts=rollouts)
 
     monkeypatch.setattr(distill, "collect", noting)
@@ -455,7 +455,7 @@ def test_an_update_is_that_of_the_equations(settings, small):
     moved; and those of four updates whose batches are split against them."""
     student, teacher = random_gpt(1), random_gpt(2, n_embd=4).requires_grad_(False)
     old_q, p = copy.deepcopy(student).double().requires_grad_(False), copy.deepcopy(teacher).double()
-    split = small(copy.deepcopy(student), teacher, **settings, micro_batch=3, vocab_chunk=20)
+    split = small(copy.deepcopy(student), teacher, **settings, micro_batch=3, logits=20 * 11)
     whole = small(student, teacher, **settings)
     for n, minibatch in enumerate(minibatches(whole.cfg, 0)):
         q = copy.deepcopy(student).double()
@@ -541,8 +541,8 @@ def test_a_rollout_of_given_answers_is_that_of_drawing_them(m):
     assert not drawn.ended.all() and drawn.ended.any()
     # an answer that ran out of length is one whose reference is longer
     answers = [answer + [1] * (not ended) for answer, ended in zip(drawn.answers, drawn.ended)]
-    for vocab_chunk in (1, 30, 256):
-        given = follow(student, prompts, answers, 10, dataclasses.replace(m, vocab_chunk=vocab_chunk), teacher,
+    for positions in (1, 30, 256):
+        given = follow(student, prompts, answers, 10, dataclasses.replace(m, logits=11 * positions), teacher,
                        keep_hidden=True)
         assert given.answers == drawn.answers and given.ended.equal(drawn.ended)
         for name in ("student_logp", "mixed_logp", "teacher_logp"):
@@ -616,10 +616,10 @@ def phase_2(tiny_models, few_rows):
     instructions = data.load_examples("tiny", "train", tokenizer, 16, 44, print)
     corpus = data.load_pieces("tiny-text", tokenizer, Path("nowhere"), 44, CPU)
 
-    def begin(vocab_chunk=256, step=0, **settings):
+    def begin(logits=2**25, step=0, **settings):
         few = dict(preset="tiny", **tiny_models, steps=5, rollouts=16, minibatch=8, inner_epochs=2, pt_coef=0.5)
         cfg = make(Config, few | settings, distill.presets)
-        m = Machine(torch.device("cpu"), getattr(torch, cfg.dtype), 0, 1, cfg.sample_batch, vocab_chunk)
+        m = Machine(torch.device("cpu"), getattr(torch, cfg.dtype), 0, 1, cfg.sample_batch, logits)
         student = load(cfg.student)
         teacher = decoder(cfg.decoder)[1](load(cfg.teacher), m.dtype).requires_grad_(False)
         optimizer, scaler = supervised.optimizer_of(student, m, (0.9, 0.95), 1e-6)
@@ -671,7 +671,7 @@ def test_in_a_mixture_of_one_it_is_always_its_turn(after):
         torch.testing.assert_close(by_turns, alone, atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [dict(micro_batch=3), dict(sample_batch=5), dict(vocab_chunk=7),
+@pytest.mark.parametrize("settings", [dict(micro_batch=3), dict(sample_batch=5), dict(logits=300 * 123),
                                       dict(decoder="plain")], ids=str)
 def test_what_changes_memory_and_speed_changes_nothing_else(settings, after):
     torch.testing.assert_close(after(**settings), after(), atol=2e-3, rtol=0)  # rounding, through AdamW's signs

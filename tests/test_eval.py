@@ -64,8 +64,8 @@ def test_held_out_loss_counts_response_tokens_and_nothing_else(m):
             with torch.no_grad():
                 logits = gpt.logits(gpt(torch.tensor([e.prompt + e.response[:t]])))[0, -1]
             total, count = total - logits.log_softmax(-1)[token].item(), count + 1
-    for vocab_chunk in (1, 8, 100):
-        machine = dataclasses.replace(m, vocab_chunk=vocab_chunk)
+    for positions in (1, 8, 100):
+        machine = dataclasses.replace(m, logits=11 * positions)
         assert held_out_loss(gpt, examples, machine) == pytest.approx(total / count, abs=1e-5)
     parts = [dataclasses.replace(m, rank=rank, world=3) for rank in range(3)]  # as three processes share it
     sums = []
@@ -87,7 +87,7 @@ def test_the_kls_are_what_enumeration_says(m):
         exact["forward"] += math.exp(log_p) * (log_p - log_q)
     n = 20_000
     uniform = uniforms(0, range(n), 2)
-    m = dataclasses.replace(m, sample_batch=n, vocab_chunk=2 * n)
+    m = dataclasses.replace(m, sample_batch=n, logits=2**25)
     drawn = lambda model: sample(model, [prompt] * n, uniform, m).answers
     reverse = follow(q, [prompt] * n, drawn(q), 2, m, p).reverse_kl.sum(1)
     forward = follow(p, [prompt] * n, drawn(p), 2, m, q).reverse_kl.sum(1)

@@ -52,7 +52,7 @@ def test_sampling_gives_what_enumeration_does(m):
     prompt, n, T = [1, 2], 10_000, 3
     along_q, along_p = (exact(student, teacher, prompt, gpt, T, 4) for gpt in (student, teacher))
     assert abs(along_q - along_p)[1:].min() > 0.01  # else the test could not tell them apart
-    totals = errors(student, teacher, [prompt] * n, 1, T, dataclasses.replace(m, sample_batch=n, vocab_chunk=n * T))
+    totals = errors(student, teacher, [prompt] * n, 1, T, dataclasses.replace(m, sample_batch=n, logits=n * T * 4))
     R, eps, ex_acc_err = excess(totals)
     spread = [np.array([totals[at][totals[at + 1][:, t] > 0, t].std() for t in range(T)]) for at in (0, 2)]
     tolerance = [4 * s.cumsum() / n**0.5 + 1e-6 for s in spread]
@@ -67,7 +67,7 @@ def test_neither_batches_nor_the_decoder_change_anything(m):
     prompts = [[1, 2], [3], [4, 5, 6]]
     totals = errors(student, teacher, prompts, 2, 6, m)
     assert totals.shape == (4, 3, 6) and (totals[1, :, 0] == 2).all() and (totals[3, :, 0] == 2).all()
-    few = dataclasses.replace(m, sample_batch=2, vocab_chunk=6)
+    few = dataclasses.replace(m, sample_batch=2, logits=6 * 11)
     np.testing.assert_allclose(errors(student, teacher, prompts, 2, 6, few), totals, atol=1e-5)
     draw, ready = decoder("fast")
     models = [ready(model, m.dtype) for model in (student, teacher)]

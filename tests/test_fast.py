@@ -223,7 +223,7 @@ def test_by_turns_as_by_a_plain_loop(mix_alpha):
     uniform, turn = uniforms(0, range(20), 24), turns(0, 0, range(20), 24, mix_alpha, 3)
     turn[:, :8] = turn[0, :8]  # groups differ later only
     for size, chunk in ((64, 128), (64, 5), (4, 128), (1, 1)):
-        m = dataclasses.replace(CPU, sample_batch=size, vocab_chunk=chunk)
+        m = dataclasses.replace(CPU, sample_batch=size, logits=11 * chunk)
         rollout = by_turns(student, PROMPTS * 4, uniform, m, teacher, mix_alpha, turn)
         for i, (prompt, answer) in enumerate(zip(PROMPTS * 4, rollout.answers)):
             said = []

@@ -74,10 +74,10 @@ def test_recomputed_layers_leave_their_inputs_and_one_layer_s_activations(m):
     assert kept - again == plan.HOLES_FLOAT32 * 2 * 8 * (5 * 10.0 - (5 * 16 * 4 + 10.0))
 
 
-def test_logits_are_counted_for_one_chunk_which_is_no_less_than_a_row():
-    gpu = Machine(torch.device("cuda"), torch.bfloat16, vocab_chunk=1024)
-    assert plan.logits_bytes(3, TWO, gpu, predicted=40) == 3 * 4 * 1024 * 90
-    assert plan.logits_bytes(3, TWO, gpu, predicted=2000) == 3 * 4 * 2000 * 90
+def test_logits_are_counted_for_as_many_rows_as_have_room_and_at_least_one():
+    gpu = Machine(torch.device("cuda"), torch.bfloat16, logits=1024 * 90)
+    for rows, predicted, at_a_time in ((64, 40, 25), (8, 40, 8), (64, 2000, 1)):
+        assert plan.logits_bytes(3, TWO, gpu, rows, predicted) == 3 * 4 * at_a_time * predicted * 90
 
 
 def copies_held(function, positions: int, vocab_size: int) -> float:
@@ -96,7 +96,7 @@ def copies_held(function, positions: int, vocab_size: int) -> float:
 @pytest.mark.parametrize("kind", ["gold", "kd"])
 def test_supervised_training_holds_as_many_copies_of_logits_as_are_counted(kind, m):
     student, teacher = (random_gpt(vocab_size=5000, n_positions=64) for _ in range(2))
-    m, scaler = replace(m, vocab_chunk=40), torch.amp.GradScaler("cpu", enabled=False)
+    m, scaler = replace(m, logits=40 * 5000), torch.amp.GradScaler("cpu", enabled=False)
     batch = plan.data.pad_right([[1], [1]], [list(range(40))] * 2, m.device)
     taught = [teacher.requires_grad_(False), 0.5] if kind == "kd" else []
     copies = copies_held(lambda: plan.supervised.add_gradient(student, batch, 80, m, scaler, *taught), 40, 5000)
@@ -105,7 +105,7 @@ def test_supervised_training_holds_as_many_copies_of_logits_as_are_counted(kind,
 
 def test_an_update_of_phase_2_holds_as_many_copies_of_logits_as_are_counted(m):
     cfg = bench.Config(student="1x2x8", teacher="1x2x8", batch=2, prompt_tokens=2, decoder="plain", device="cpu")
-    ours = bench.Ours(cfg, replace(m, vocab_chunk=40), 40)
+    ours = bench.Ours(cfg, replace(m, logits=40 * 50257), 40)
     ours.update()
     assert copies_held(ours.update, 40, 50257) == pytest.approx(plan.MINILLM, abs=0.9)
 

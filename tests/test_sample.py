@@ -197,12 +197,12 @@ def test_in_bfloat16_the_log_probs_are_those_drawn_from():
     torch.testing.assert_close(again[rollout.response_mask], rollout.teacher_logp[rollout.response_mask])
 
 
-@pytest.mark.parametrize("vocab_chunk", [1, 25, 10_000])
-def test_following_an_answer_finds_what_sampling_noted(vocab_chunk, m):
+@pytest.mark.parametrize("positions", [1, 25, 10_000])
+def test_following_an_answer_finds_what_sampling_noted(positions, m):
     """By one pass of each model, however many rows have room for their logits, and the KL at each position with it."""
     student, teacher = pair()
     drawn = sample(student, PROMPTS, uniforms(0, range(5), 12), m, teacher)
-    machine = dataclasses.replace(m, vocab_chunk=vocab_chunk)
+    machine = dataclasses.replace(m, logits=11 * positions)
     found = follow(student, PROMPTS, drawn.answers, 12, machine, teacher, keep_hidden=True)
     assert found.answers == drawn.answers and torch.equal(found.ended, drawn.ended)
     mask = drawn.response_mask

@@ -96,8 +96,8 @@ def test_chunks_taken_backward_at_once_change_nothing(kd_ratio, vocab_size, m, m
     sums, grads = whole(gpt, examples, **settings)
     made, logits = [], gpt.logits
     monkeypatch.setattr(gpt, "logits", lambda hidden, *head: made.append(len(hidden)) or logits(hidden, *head))
-    for vocab_chunk, rows in ((1, [1] * 4), (12, [2, 2]), (20, [3, 1]), (10**6, [4])):
-        got, added = learned(gpt, examples, dataclasses.replace(m, vocab_chunk=vocab_chunk), **settings)
+    for positions, rows in ((1, [1] * 4), (12, [2, 2]), (20, [3, 1]), (10**6, [4])):
+        got, added = learned(gpt, examples, dataclasses.replace(m, logits=vocab_size * positions), **settings)
         assert made == rows
         made.clear()
         torch.testing.assert_close(got.double(), sums, atol=1e-4, rtol=1e-6)  # which are kept in float32
@@ -146,7 +146,7 @@ def test_the_way_back_is_not_under_autocast(monkeypatch):
 
     monkeypatch.setattr(gpt, "logits", noted)
     gpt.ln_f.register_full_backward_hook(note)
-    m = Machine(torch.device("cpu"), torch.bfloat16, vocab_chunk=1)
+    m = Machine(torch.device("cpu"), torch.bfloat16, logits=1)
     add_gradient(gpt, data.batch_of(BATCH, m.device), 1.0, m, SCALER)
     assert under == [False] * 3  # two chunks and what is below them
 
@@ -154,9 +154,9 @@ def test_the_way_back_is_not_under_autocast(monkeypatch):
 def nearness(gradients, m):
     """How far the embedding's gradient is from float32's, in one product and in many."""
     found = {}
-    for name, dtype, vocab_chunk in (("float32", torch.float32, 10**6), ("one", torch.bfloat16, 10**6),
+    for name, dtype, positions in (("float32", torch.float32, 10**6), ("one", torch.bfloat16, 10**6),
                                      ("many", torch.bfloat16, 1)):
-        found[name] = gradients(dataclasses.replace(m, dtype=dtype, vocab_chunk=vocab_chunk))[0]
+        found[name] = gradients(dataclasses.replace(m, dtype=dtype, logits=11 * positions))[0]
     off = lambda name: ((found[name] - found["float32"]).norm() / found["float32"].norm()).item()
     return off("many"), off("one")
 
@@ -200,9 +200,9 @@ def phase_2(m, monkeypatch):
 
 
 def test_chunks_of_an_update_of_distill_change_nothing(phase_2, m):
-    *want, logged = phase_2(dataclasses.replace(m, vocab_chunk=10**6), double=True)
-    for vocab_chunk in (1, 30, 200):
-        *grads, line = phase_2(dataclasses.replace(m, vocab_chunk=vocab_chunk), double=True)
+    *want, logged = phase_2(dataclasses.replace(m, logits=10**6), double=True)
+    for positions in (1, 30, 200):
+        *grads, line = phase_2(dataclasses.replace(m, logits=11 * positions), double=True)
         for one, other in zip(grads, want, strict=True):
             torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
         for name in line.keys() - {"sample_seconds", "update_seconds"}:

@@ -254,9 +254,10 @@ def update_bytes(config: GPTConfig, cost: Measured, m: Machine, rows: int, token
     return held
 
 
-def logits_bytes(copies: int, config: GPTConfig, m: Machine, predicted: int) -> int:
-    """Copies in float32 of a chunk of logits, which is at least one row's."""
-    return copies * 4 * max(m.vocab_chunk, predicted) * config.vocab_size
+def logits_bytes(copies: int, config: GPTConfig, m: Machine, rows: int, predicted: int) -> int:
+    """Copies in float32 of the logits of some of the rows, as many as there is room for."""
+    at_a_time = min(rows, m.room(predicted, config.vocab_size))
+    return copies * 4 * at_a_time * predicted * config.vocab_size
 
 
 def decode_bytes(configs: list[GPTConfig], m: Machine, rows: int, tokens: int) -> float:
@@ -377,7 +378,8 @@ class Draft:
         time += updates * cost.update(config.n_layer)
         time += self.compare(names, self.lengths.valid, evals)
         size = 16 * config.parameters
-        logits = logits_bytes(KD if s.teacher else GOLD, config, m, s.max_tokens)
+        logits = logits_bytes(KD if s.teacher else GOLD, config, m, s.micro_batch,
+                              s.max_tokens)
         size += update_bytes(config, cost, m, s.micro_batch, s.max_tokens, logits, s.recompute)
         if s.teacher:
             time += self.read(s.teacher, samples, tokens, answer)
@@ -420,10 +422,11 @@ class Draft:
         size += frozen_bytes(student, m, cfg.decoder) + frozen_bytes(teacher, m, cfg.decoder)
         size += rows * longest * (teacher.n_embd * m.dtype.itemsize + 40)  # the rollout
         decoding = decode_bytes([student, teacher], m, min(rows, m.sample_batch), cfg.max_tokens)
-        logits = logits_bytes(MINILLM, student, m, longest)
+        logits = logits_bytes(MINILLM, student, m, cfg.micro_batch, longest)
         if cfg.pt_coef:
             copies = KD if cfg.pt_kd else GOLD
-            logits = max(logits, logits_bytes(copies, student, m, cfg.max_tokens))
+            of_text = logits_bytes(copies, student, m, cfg.micro_batch, cfg.max_tokens)
+            logits = max(logits, of_text)
         update = update_bytes(student, cost, m, cfg.micro_batch, cfg.max_tokens, logits,
                               cfg.recompute)
         source = "references" if cfg.source == "gold" else "answers from the mixture"
