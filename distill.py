@@ -170,7 +170,7 @@ OBJECTIVES = {
 class Config:
     preset: Literal["tiny", "paper"] = flag("tiny", "which world; --teacher implies paper")
     recipe: Literal["paper", "official"] = flag("paper", "official: as the released code")
-    teacher: str = flag("2x4x96", "p: a folder, gpt2-xl, OWNER/NAME, or a new LAYERSxHEADSxWIDTH")
+    teacher: str = flag("1x4x64", "p: a folder, gpt2-xl, OWNER/NAME, or a new LAYERSxHEADSxWIDTH")
     student: str = flag("1x2x10", "q: the same kinds of name")
     data: str = flag("tiny", "instructions, D: tiny, dolly or FILE.jsonl")
     corpus: str = flag("tiny-text", "D_PT: tiny-text, FILE.txt, a folder, openwebtext(:FILES)")

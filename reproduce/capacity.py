@@ -25,7 +25,7 @@ def commands(world: World):
             trained.append(name)
     yield world.baseline("sft-after-minillm", "sft", f"--model={world.folder('start')}/minillm",
                          "--lr=8e-3", "--updates=640")
-    yield world.baseline("teacher-2x", "sft", "--model=2x4x96", "--lr=6e-3", "--updates=1600")
+    yield world.baseline("teacher-2x", "sft", "--model=1x4x64", "--lr=1e-2", "--updates=2000")
     for name in (*trained, "sft-after-minillm", "teacher-2x"):
         yield world.evaluation("capacity", name, world.folder(name))
 

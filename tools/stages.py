@@ -27,7 +27,7 @@ from safe.rows import is_file_of_rows
 
 # The supervised stages of the built-in world. Rouge-L is chance there, where a reference is one of
 # very many right answers: the last weights are kept, and phase 1's of the lowest loss.
-TINY_TEACHER = dict(updates=800, lr=6e-3, batch_size=64, select="last", evals=1)
+TINY_TEACHER = dict(updates=1000, lr=1e-2, batch_size=64, select="last", evals=1)
 TINY_INIT = dict(updates=2000, lr=1.6e-2, batch_size=64, evals=4)
 TINY_BASELINE = dict(lr=8e-3, batch_size=64, select="last", evals=4)
 GPT2S = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
