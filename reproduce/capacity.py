@@ -2,33 +2,80 @@
 
 The paper:      Section 2.1 argues that a student lacks the capacity to cover all that its teacher
                 may say. It does not test this.
-The tiny world: SFT of the student, from phase 1 on, with 1, 2, 4 and 8 times the updates of the
-                first run, at two learning rates; SFT of MiniLLM's student, with as many updates as
-                in the first run; the teacher, with twice its updates. If memory is what is short,
-                the first levels off below MiniLLM, and the second falls back. Five minutes a seed.
+The tiny world: SFT from phase 1 on, with 1, 2, 4 and 8 times the updates of the first run, at two
+                learning rates; SFT of MiniLLM's student, with as many updates as in the first run;
+                MiniLLM with 4 times the updates. This is done for the student of the first run, 10
+                wide, and for one 8 wide that has had three times the phase 1. The teacher gets
+                twice its updates. If memory is what is short, SFT levels off below MiniLLM, and
+                falls back after it. Eight minutes a seed.
 --world=paper:  there is nothing.
-Run:            python -m reproduce.capacity
+Run:            python -m reproduce.capacity       draws out/reproduce/tiny/capacity/capacity.png
 """
 
-from reproduce.worlds import World, run
+import numpy as np
+
+from measure.report import Figure, over_runs
+from reproduce.worlds import ROOT, World, run
+from safe.files import read_json
+
+TIMES, RATES = (1, 2, 4, 8), ("1.6e-2", "3.2e-2")
+WIDTHS = {"10 wide": "", "8 wide": "narrow-"}  # what begins the names of their runs
 
 
 def commands(world: World):
     if not world.tiny:
         return
     yield world.start()
-    trained = []
-    for times in (1, 2, 4, 8):
-        for lr in ("8e-3", "1.6e-2"):
-            name = f"sft-{times}x-{lr}"
-            yield world.baseline(name, "sft", f"--lr={lr}", f"--updates={640 * times}")
-            trained.append(name)
-    yield world.baseline("sft-after-minillm", "sft", f"--model={world.folder('start')}/minillm",
-                         "--lr=8e-3", "--updates=640")
+    narrow = world.folder("narrow-init")
+    yield world.baseline("narrow-init", "sft", "--model=1x2x8", "--lr=1.6e-2", "--updates=6000")
+    yield world.variant("narrow", f"--student={narrow}")
+    yield world.variant("minillm-4x", "--steps=2560")
+    yield world.variant("narrow-minillm-4x", f"--student={narrow}", "--steps=2560")
     yield world.baseline("teacher-2x", "sft", "--model=1x4x64", "--lr=1e-2", "--updates=2000")
-    for name in (*trained, "sft-after-minillm", "teacher-2x"):
+    trained = ["narrow-init", "teacher-2x"]
+    for width, init, result in (("", world.init, "start"), ("narrow-", narrow, "narrow")):
+        for times in TIMES:
+            for lr in RATES:
+                name = f"{width}sft-{times}x-{lr}"
+                yield world.baseline(name, "sft", f"--model={init}", f"--lr={lr}",
+                                     f"--updates={640 * times}")
+                trained.append(name)
+        after = f"{width}sft-after-minillm"
+        yield world.baseline(after, "sft", f"--model={world.folder(result)}/minillm", "--lr=8e-3",
+                             "--updates=640")
+        trained.append(after)
+    for name in trained:
         yield world.evaluation("capacity", name, world.folder(name))
 
 
+def right(name: str) -> list[float]:
+    """The right answers, in percent, of each seed's model."""
+    seeds = sorted(path.parent for path in ROOT.glob("out/reproduce/tiny/seed-*/capacity"))
+    files = [seed / name / "results.json" for seed in seeds]
+    return [float(np.mean(read_json(file)["scores"]["valid"])) for file in files]
+
+
+def draw() -> None:
+    """The curves of SFT, at the better learning rate for each number of updates."""
+    panels = {}
+    for title, width in WIDTHS.items():
+        by_times = []
+        for times in TIMES:
+            values = [right(f"capacity/{width}sft-{times}x-{lr}") for lr in RATES]
+            by_times.append(max(values, key=np.mean))
+        curves = [(TIMES, values) for values in zip(*by_times)]  # of each seed
+        minillm = right(f"{width.strip('-') or 'start'}/test/minillm")
+        longer = right(f"{width}minillm-4x/test/minillm")
+        after = right(f"capacity/{width}sft-after-minillm")
+        panels[title] = {
+            "SFT": tuple(over_runs(curves)),
+            "MiniLLM": tuple(over_runs([((1, 4), pair) for pair in zip(minillm, longer)])),
+            "SFT after MiniLLM": tuple(over_runs([((1,), (value,)) for value in after]))}
+        for name, (_, mean, *_) in panels[title].items():
+            print(f"{title}, {name}: {np.round(mean, 1).tolist()} % of right answers")
+    figure = Figure("", "", "capacity", [], panels, "updates / 640", "right answers, %")
+    (ROOT / "out/reproduce/tiny/capacity/capacity.png").write_bytes(figure.png)
+
+
 if __name__ == "__main__":
-    run(commands, "capacity")
+    run(commands, "capacity", draw)

@@ -93,7 +93,6 @@ class World:
         same = [flag for flag in same if flag.split("=")[0] not in given]
         return self.distill(name, *same, *flags)
 
-
     def answers(self) -> Command:
         """The teacher's answers, from which SeqKD learns in the built-in world."""
         return ["sample.py", f"--model={self.teacher}", "--data=tiny", "--split=train",
@@ -118,13 +117,15 @@ class World:
                 "--dtype=float32", f"--out={self.folder(script)}/{name}", *flags]
 
 
-def run(commands: Callable[[World], Iterator[Command]], report: str) -> None:
-    """Runs the commands of each seed, then measure.report on the folders that they name as
-    --out."""
-    config.run(lambda cfg: go(cfg, commands, report), Config)
+def run(commands: Callable[[World], Iterator[Command]], report: str,
+        draw: Callable[[], None] | None = None) -> None:
+    """Runs the commands of each seed, then measure.report on the folders that they name as --out,
+    and what draws a figure of its own."""
+    config.run(lambda cfg: go(cfg, commands, report, draw), Config)
 
 
-def go(cfg: Config, commands: Callable[[World], Iterator[Command]], report: str) -> None:
+def go(cfg: Config, commands: Callable[[World], Iterator[Command]], report: str,
+       draw: Callable[[], None] | None = None) -> None:
     seeds = cfg.seeds or (5 if cfg.world == "tiny" else 1)
     work = []  # the commands of each seed; what is the same for all seeds is done by the first
     everything = []
@@ -164,6 +165,8 @@ def go(cfg: Config, commands: Callable[[World], Iterator[Command]], report: str)
             raise
     out = f"--out=out/reproduce/{cfg.world}/{report}"
     call(["-m", "measure.report", *dict.fromkeys(made), out], cfg.dry_run)
+    if draw and not cfg.dry_run:
+        draw()
 
 
 def call(command: Command, dry_run: bool) -> None:
