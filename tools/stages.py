@@ -29,7 +29,8 @@ from safe.rows import is_file_of_rows
 # very many right answers: the last weights are kept, and phase 1's of the lowest loss.
 TINY_TEACHER = dict(updates=1000, lr=1e-2, batch_size=64, select="last", evals=1)
 TINY_INIT = dict(updates=2000, lr=1.6e-2, batch_size=64, evals=4)
-TINY_BASELINE = dict(lr=8e-3, batch_size=64, select="last", evals=4)
+TINY_BASELINE = dict(batch_size=64, select="last", evals=4)
+TINY_RATES = {"sft": 8e-3, "kd": 1.6e-2, "seqkd": 2e-3}  # by reproduce/search.py
 GPT2S = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 AS_RELEASED = {*GPT2S, *(f"openai-community/{name}" for name in GPT2S), "distilgpt2",
                "distilbert/distilgpt2"}
@@ -135,6 +136,8 @@ def stages(cfg: distill.Config) -> Stages:
                 sample_batch=cfg.sample_batch, decoder=cfg.one_model_decoder, device=cfg.device,
                 dtype=cfg.dtype)
             more = {"data": answers.out, "valid_data": cfg.data}
+        if tiny:
+            more["lr"] = TINY_RATES[name]
         baselines[name] = training(name, **recipe | more)
     return Stages(teacher, init, answers, baselines, replace(cfg, **names),
                   tuple(line for line in (why_teacher, why_student) if line))
