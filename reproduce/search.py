@@ -3,7 +3,7 @@
 The search is the same for the baselines and for MiniLLM: four learning rates on the seeds 101, 102
 and 103, which no table uses.
 
-The tiny world: sixteen runs a seed, in ten minutes; each run's validation tells.
+The tiny world: sixteen runs a seed, in five minutes; each run's last validation tells.
 --world=paper:  there is nothing; Appendix B.1 has the paper's grids.
 Run:            python -m reproduce.search --seeds=3
 """

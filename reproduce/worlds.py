@@ -138,7 +138,7 @@ def go(cfg: Config, commands: Callable[[World], Iterator[Command]], report: str,
         other = {"tiny": "paper", "paper": "tiny"}[cfg.world]
         raise UserError(f"--world={cfg.world} has nothing of this: give --world={other}")
     made = [flag.removeprefix("--out=") for command in everything for flag in command
-            if flag.startswith("--out=")]
+            if flag.startswith("--out=") and not flag.endswith(".jsonl")]
     for command in everything:
         if cfg.limit and command[0] in ("eval.py", "-m"):
             command.append(f"--limit={cfg.limit}")
