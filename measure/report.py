@@ -256,14 +256,19 @@ def values_of(evaluations: Sequence[Found], metric: str) -> list[float]:
     return [float(np.mean(values)) for values in measured]
 
 
-def interval(item: Found, metric: str) -> str:
-    """The 95% interval of a metric's mean by a bootstrap over prompts: 2,000 draws, always the
-    same. It is empty if the answers are not there."""
+def by_prompt(item: Found, metric: str) -> dict[tuple, float]:
+    """A metric's mean over the answers to each prompt. It is empty without the answers."""
     rows = [row for row in answers_of(item) if metric in row["scores"]]
-    if not rows:
+    prompts = grouped(rows, lambda row: (row["prompt"], row["instruction"], row["input"]))
+    return {prompt: float(np.mean([row["scores"][metric] for row in some]))
+            for prompt, some in prompts.items()}
+
+
+def interval(means: Iterable[float]) -> str:
+    """The 95% interval of the mean by a bootstrap over prompts: 2,000 draws, always the same."""
+    means = np.array(list(means))
+    if not len(means):
         return ""
-    prompts = grouped(rows, lambda row: row["prompt"]).values()
-    means = np.array([np.mean([row["scores"][metric] for row in some]) for some in prompts])
     draws = np.random.default_rng(0).integers(len(means), size=(2000, len(means)))
     low, high = np.quantile(means[draws].mean(1), [0.025, 0.975])
     return f"{low:.2f} to {high:.2f}"
@@ -354,7 +359,7 @@ def result_table(data: str, items: list[Found]) -> Table:
         row = [label, str(len(group))]
         row += [shown(values_of(group, metric), len(group)) for metric in metrics]
         if alone:
-            row.append(interval(group[0], main) if len(group) == 1 else "")
+            row.append(interval(by_prompt(group[0], main).values()) if len(group) == 1 else "")
         if theirs := of_paper(group[0]):
             row += [f"{theirs:.1f}", f"{np.mean(values_of(group, 'rouge_l')) - theirs:+.1f}"]
         else:
@@ -392,6 +397,28 @@ def run_table(data: str, items: list[Found], metric: str) -> Table:
     about = "Each seed has models of its own: compare within a column."
     header = ["model", *(f"seed {seed}" for seed in seeds)]
     return Table(f"Run by run on {data}: {metric}", about, header, rows)
+
+
+def difference_table(data: str, items: list[Found], metric: str, against: str) -> Table:
+    """How far one model is ahead of each other, prompt by prompt. Prompts differ more than models
+    do, and in the differences they cancel out."""
+    single = {label: group[0] for label, group in grouped(items).items() if len(group) == 1}
+    rows = []
+    for label, item in single.items():
+        if Path(label).name != against:
+            continue
+        own = by_prompt(item, metric)
+        for other, rival in single.items():
+            theirs = by_prompt(rival, metric)
+            both = np.array([own[prompt] - theirs[prompt] for prompt in own if prompt in theirs])
+            if other != label and len(both):
+                ahead = [f"{100 * np.mean(x):.0f}%" for x in (both > 0, both < 0)]
+                rows.append([f"{label} - {other}", f"{both.mean():+.2f}", interval(both), *ahead])
+    about = (f"The mean difference of {against} and each other model over the prompts that both "
+             "answered, its 95% interval by a bootstrap over prompts, and the share of prompts on "
+             f"which {against} has more and less.")
+    header = ["difference", metric, "95%", "more", "less"]
+    return Table(f"Prompt by prompt on {data}: {metric}", about, header, rows)
 
 
 def tested(trainings: Iterable[Found], evaluations: Sequence[Found],
@@ -777,6 +804,7 @@ class Config:
     out: str = flag("out/report", "folder for report.html, report.md and the pictures")
     title: str = flag("MiniLLM", "heading")
     prompts: int = flag(20, "prompts of each set whose answers are shown")
+    against: str = flag("minillm", "the model whose lead over the others is told by prompts")
     smooth: int = flag(32, "updates over which a curve is averaged; the paper's Figure 8 has 32")
 
     def __post_init__(self):
@@ -795,7 +823,9 @@ def main(cfg: Config) -> None:
     tables = [summary_table(evaluations)] if len(sets) > 1 else []
     tables += [result_table(data, group) for data, group in sets.items()]
     for data, group in sets.items():
-        tables += [run_table(data, group, metric) for metric in (quality(group), "reverse_kl")]
+        for metric in (quality(group), "reverse_kl"):
+            tables.append(run_table(data, group, metric))
+            tables.append(difference_table(data, group, metric, cfg.against))
     tables.append(ablation_table(trainings, results))
     for metric in ("valid", "rouge_l", "reverse_kl", "forward_kl"):
         tables.append(square_table(trainings, results, metric))

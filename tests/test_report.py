@@ -226,7 +226,7 @@ def test_a_run_and_its_exposure_bias(distill_config, few_rows, tmp_path, capsys)
     settings = dict(limit=3, samples=2, max_response_tokens=6, device="cpu", dtype="float32", teacher=cfg.teacher)
     exposure.main(exposure.Config(f"{cfg.out}/minillm", out=f"{cfg.out}/exposure", **settings))
     report.main(report.Config((cfg.out,), out=str(tmp_path / "report")))
-    assert "2 tables, 3 figures" in capsys.readouterr().out
+    assert "4 tables, 3 figures" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.md", "training.png",
                                                                       "exposure.png", "first-run.png"}
 
@@ -445,6 +445,23 @@ def test_a_single_run_has_an_interval_over_prompts(tmp_path):
     evaluation(tmp_path / "2", "out/seed-2/m", "dolly", lengths=(5,) * 6)
     (table,) = results_on(find([str(tmp_path)]))
     assert table.header == ["model", "runs", "rouge_l", "minutes", "GiB"]
+
+
+def test_a_lead_is_told_prompt_by_prompt(tmp_path):
+    """m has 1.5, 2.5 and 3.5 on three prompts, over two seeds; sft is 1 behind on the first, 3 on the second, and did
+    not answer the third. A third model has no answers beside it."""
+    for name, values in (("m", [0, 1, 2, 3, 4, 5]), ("sft", [0, 0, None, 1, -1, None]), ("none", [])):
+        evaluation(tmp_path / name, f"out/{name}", "dolly", lengths=(5,) * 6)
+        path = tmp_path / name / "samples.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [line | {"scores": {"rouge_l": value}} for line, value in zip(lines, values) if value is not None]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = of_kind("evaluation", find([str(tmp_path)]))
+    table = report.difference_table("dolly", found, "rouge_l", "m")
+    assert table.rows == [["m - sft", "+2.00", "1.00 to 3.00", "100%", "0%"]]
+    table = report.difference_table("dolly", found, "rouge_l", "sft")
+    assert table.rows == [["sft - m", "-2.00", "-3.00 to -1.00", "0%", "100%"]]
+    assert not report.difference_table("dolly", found, "rouge_l", "absent").rows
 
 
 def test_teachers_of_growing_size_with_seqkd(tmp_path):
