@@ -3,7 +3,7 @@
 Paper:    arXiv 2306.08543v4, Section 2. The equations are below, except Eq. (4), which is in
           sample.py. Phase 1 of Algorithm 1 is in teacher.py, phase 2 is algorithm_1() below. Where
           the code departs from the paper, a comment says "not".
-Run:      python distill.py                    the built-in world: no network, no GPU, three minutes
+Run:      python distill.py                    the built-in world: no network, no GPU, two minutes
           python distill.py --teacher=gpt2-xl  the paper's world, from the released GPT-2 on
           python distill.py --teacher=MiniLLM/teacher-gpt2-1.5B --student=MiniLLM/init-gpt2-120M
 Shapes:   B answers, b in a micro-batch, c in a chunk, T response tokens, D width, V vocabulary.
@@ -483,10 +483,10 @@ def main(cfg: Config) -> list[dict]:
             plan.show(work, f"{cfg.teacher} teaches {cfg.student} {cfg.data}, in {cfg.out}")
         if cfg.plan == "only":
             return []
-        if work.teacher:
-            supervised.main(work.teacher)
-        if work.init:
-            supervised.main(work.init)
+        if cfg.preset == "tiny":
+            torch.set_num_threads(1)  # more only get in the way of models so small
+        for settings in filter(None, (work.teacher, work.init)):
+            supervised.main(settings)
         if work.answers and not Path(work.answers.out).is_file():
             sampling.main(work.answers)
         for settings in work.baselines.values():
