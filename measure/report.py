@@ -57,6 +57,7 @@ COLORS = ("#111111", "#b03a2e", "#2e6da4", "#6fa33a")
 DASHES = ("-", "--", "-.", ":")
 # Four lines in a row differ in the dashes, for those who see or print in grey.
 STYLES = [(color, DASHES[(n + shift) % 4]) for shift in range(4) for n, color in enumerate(COLORS)]
+MARKERS = "osD^"  # of the first four colours, the next four, and so on
 HATCHES = ("", "//", "..", "xx", "\\\\", "oo")
 
 
@@ -534,7 +535,7 @@ class Figure:
     line: tuple = ()  # the x's and the y's of a thin grey line
     ticks: Sequence[str] = ()  # the names of x = 0, 1, 2 ...
     bars: bool = False
-    dots: bool = False  # of percentages, with labels beside them
+    dots: bool = False  # of percentages
 
     def __post_init__(self):
         self.panels = {name: lines for name, lines in self.panels.items() if lines}
@@ -542,6 +543,11 @@ class Figure:
         if len(self.labels) > len(STYLES):
             self.about += f" Of {len(self.labels)} models the first {len(STYLES)} are drawn."
             self.labels = self.labels[: len(STYLES)]
+
+    @property
+    def beside(self) -> bool:
+        """Whether labels stand beside their dots; there is room for a few."""
+        return self.dots and len(self.labels) <= 7
 
     def html(self) -> str:
         made = list(dict.fromkeys(item.content["command"] for item in self.items))
@@ -568,7 +574,7 @@ class Figure:
                 handles[label] = handle
         for axis in axes[len(self.panels) :]:
             axis.set_visible(False)
-        if not self.dots:
+        if not self.beside:
             room = int(10 * width / (max(map(len, handles)) + 8))
             canvas.legend(handles.values(), handles.keys(), loc="outside lower center",
                           frameon=False, handlelength=3.5, ncols=max(1, min(4, room, len(handles))))
@@ -601,7 +607,10 @@ class Figure:
                          label=words, edgecolor="black", linewidth=0.4, hatch=HATCHES[n % 6])
                 continue
             if self.dots:
-                axis.plot(x, y, "o", color=color, markersize=9 if len(x) == 1 else 5)
+                axis.plot(x, y, MARKERS[n // 4], color=color, label=words,
+                          markersize=9 if len(x) == 1 else 5)
+                if not self.beside:
+                    continue
                 above = 9 if n % 2 else -18  # SFT's label is below its dot, KD's above
                 axis.annotate(words, (np.mean(x), np.mean(y)), (0, above), color=color,
                               textcoords="offset points", ha="center")
