@@ -56,24 +56,23 @@ def right(name: str) -> list[float]:
 
 
 def draw() -> None:
-    """The curves of SFT, at the better learning rate for each number of updates."""
-    panels = {}
+    """Right answers by updates after phase 1; of SFT at the better rate for each number of them."""
+    lines = {}
     for title, width in WIDTHS.items():
         by_times = []
         for times in TIMES:
             values = [right(f"capacity/{width}sft-{times}x-{lr}") for lr in RATES]
             by_times.append(max(values, key=np.mean))
-        curves = [(TIMES, values) for values in zip(*by_times)]  # of each seed
-        minillm = right(f"{width.strip('-') or 'start'}/test/minillm")
-        longer = right(f"{width}minillm-4x/test/minillm")
-        after = right(f"capacity/{width}sft-after-minillm")
-        panels[title] = {
-            "SFT": tuple(over_runs(curves)),
-            "MiniLLM": tuple(over_runs([((1, 4), pair) for pair in zip(minillm, longer)])),
-            "SFT after MiniLLM": tuple(over_runs([((1,), (value,)) for value in after]))}
-        for name, (_, mean, *_) in panels[title].items():
-            print(f"{title}, {name}: {np.round(mean, 1).tolist()} % of right answers")
-    figure = Figure("", "", "capacity", [], panels, "updates / 640", "right answers, %")
+        minillm = [right(f"{width.strip('-') or 'start'}/test/minillm"),
+                   right(f"{width}minillm-4x/test/minillm")]
+        after = [right(f"capacity/{width}sft-after-minillm")]
+        for method, updates, measured in (("SFT", TIMES, by_times), ("MiniLLM", (1, 4), minillm),
+                                          ("SFT after MiniLLM", (2,), after)):
+            curves = [(updates, values) for values in zip(*measured)]  # of each seed
+            label = f"{method}, {title}"
+            lines[label] = tuple(over_runs(curves))
+            print(f"{label}: {np.round(lines[label][1], 1).tolist()} % of right answers")
+    figure = Figure("", "", "capacity", [], {"": lines}, "updates / 640", "right answers, %")
     (ROOT / "out/reproduce/tiny/capacity/capacity.png").write_bytes(figure.png)
 
 
