@@ -881,8 +881,11 @@ def test_every_stage_from_nothing_and_none_of_them_twice(distill_config, tmp_pat
     for name in ("TINY_TEACHER", "TINY_INIT"):
         monkeypatch.setattr(stages, name, getattr(stages, name) | dict(updates=4, evals=1))
     settings = dict(teacher="1x2x12", student="1x2x8", baselines="sft,kd,seqkd", steps=2, max_tokens=24, plan="auto")
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     rows = distill.main(distill_config(**settings))
     printed = capsys.readouterr().out
+    assert threads == [1]  # so a table does not depend on how many there are
     assert [row["method"] for row in rows] == ["teacher", "init", "sft", "kd", "seqkd", "minillm"]
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == rows
     for row in rows:
@@ -929,6 +932,14 @@ def test_phase_2_alone_takes_finished_models_as_they_are():
         ("teacher", "gpt2-xl", "rouge_l", None), ("init", "gpt2", "loss", 3), ("kd", "gpt2", "rouge_l", None)]
     assert work.baselines["kd"].teacher == work.minillm.teacher == "out/gpt2-xl-to-gpt2/teacher"
     assert work.minillm.student == "out/gpt2-xl-to-gpt2/init" and work.answers is None
+
+
+def test_in_the_built_in_world_each_baseline_has_its_own_rate_and_as_many_updates_as_phase_2():
+    work = stages.stages(make(Config, dict(steps=7), distill.presets))
+    assert {name: (s.lr, s.updates, s.model) for name, s in work.baselines.items()} == {
+        "sft": (8e-3, 7, "out/tiny/init"), "kd": (1.6e-2, 7, "out/tiny/init"), "seqkd": (2e-3, 7, "out/tiny/init")}
+    work = stages.stages(make(Config, dict(teacher="gpt2-xl", baselines="sft,kd"), distill.presets))
+    assert {(s.lr, s.updates, s.model) for s in work.baselines.values()} == {(None, None, "gpt2")}
 
 
 def test_every_stage_hears_of_what_saves_memory():
