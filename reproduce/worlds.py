@@ -119,8 +119,8 @@ class World:
 
 def run(commands: Callable[[World], Iterator[Command]], report: str,
         draw: Callable[[], None] | None = None) -> None:
-    """Runs the commands of each seed, then measure.report on the folders that they name as --out,
-    and what draws a figure of its own."""
+    """Runs the commands of each seed, then measure.report on the folders with results that they
+    name as --out, and what draws a figure of its own."""
     config.run(lambda cfg: go(cfg, commands, report, draw), Config)
 
 
@@ -138,7 +138,7 @@ def go(cfg: Config, commands: Callable[[World], Iterator[Command]], report: str,
         other = {"tiny": "paper", "paper": "tiny"}[cfg.world]
         raise UserError(f"--world={cfg.world} has nothing of this: give --world={other}")
     made = [flag.removeprefix("--out=") for command in everything for flag in command
-            if flag.startswith("--out=") and not flag.endswith(".jsonl")]
+            if flag.startswith("--out=") and command[0] not in ("teacher.py", "sample.py")]
     for command in everything:
         if cfg.limit and command[0] in ("eval.py", "-m"):
             command.append(f"--limit={cfg.limit}")

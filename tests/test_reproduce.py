@@ -47,10 +47,11 @@ def test_commands_run_in_order_then_the_report(monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(worlds.subprocess, "Popen", lambda command, **more: ran.append(command) or
                         unittest.mock.Mock(wait=lambda: 0))
-    commands = lambda world: iter([world.answers(), world.start(), world.variant("x", "--gamma=0.5")])
+    commands = lambda world: iter([world.answers(), world.baseline("y", "sft"), world.start(),
+                                   world.variant("x", "--gamma=0.5")])
     worlds.go(worlds.Config(seeds=2), commands, "test")
-    assert [command[0] for command in ran] == [sys.executable] * 7
-    assert [command[-1] for command in ran[2:7:3]] == ["--gamma=0.5"] * 2
+    assert [command[0] for command in ran] == [sys.executable] * 9
+    assert [command[-1] for command in ran[3:9:4]] == ["--gamma=0.5"] * 2
     folders = [f"out/reproduce/tiny/seed-{seed}/{name}" for seed in (1, 2) for name in ("start", "x")]
     assert ran[-1][1:] == ["-m", "measure.report", *folders, "--out=out/reproduce/tiny/test"]
     ran.clear()
