@@ -76,8 +76,8 @@ def test_recomputed_layers_leave_their_inputs_and_one_layer_s_activations(m):
 
 def test_logits_are_counted_for_as_many_rows_as_have_room_and_at_least_one():
     gpu = Machine(torch.device("cuda"), torch.bfloat16, logits=1024 * 90)
-    for rows, predicted, at_a_time in ((64, 40, 25), (8, 40, 8), (64, 2000, 1)):
-        assert plan.logits_bytes(3, TWO, gpu, rows, predicted) == 3 * 4 * at_a_time * predicted * 90
+    for rows, predicted, positions in ((64, 40, 1024), (8, 40, 8 * 40), (64, 2000, 2000), (64, 600, 1024)):
+        assert plan.logits_bytes(3, TWO, gpu, rows, predicted) == 3 * 4 * positions * 90
 
 
 def copies_held(function, positions: int, vocab_size: int) -> float:

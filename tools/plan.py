@@ -255,9 +255,10 @@ def update_bytes(config: GPTConfig, cost: Measured, m: Machine, rows: int, token
 
 
 def logits_bytes(copies: int, config: GPTConfig, m: Machine, rows: int, predicted: int) -> int:
-    """Copies in float32 of the logits of some of the rows, as many as there is room for."""
-    at_a_time = min(rows, m.room(predicted, config.vocab_size))
-    return copies * 4 * at_a_time * predicted * config.vocab_size
+    """Copies in float32 of the logits that exist at a time: of all rows, if there is room, and of
+    one at least. Rows shorter than the longest fill the room better."""
+    row = predicted * config.vocab_size
+    return copies * 4 * min(rows * row, max(m.logits, row))
 
 
 def decode_bytes(configs: list[GPTConfig], m: Machine, rows: int, tokens: int) -> float:
