@@ -4,7 +4,7 @@ Paper:    arXiv 2306.08543v4, Section 3.1 and Appendix B: D is Dolly, D_PT is Op
           over 256 tokens and samples over 512 are dropped, and their number is printed.
 Run:      python data.py --data=dolly           shows a set; also --data=FILE.jsonl, --data=tiny
 Shapes:   B rows, P prompt tokens, T response tokens, S of both, D width.
-Left out: chat templates and dialogues; instruction sets that do not fit into memory.
+Left out: dialogues; instruction sets that do not fit into memory.
 """
 
 import re
@@ -20,12 +20,13 @@ from torch import Tensor
 
 import world
 from config import Machine, UserError, check, flag, run
+from families import or_family
 from model import read_config
 from safe.files import written_aside
 from safe.hub import require
 from safe.rows import fields_of_rows, file_of_rows, held_out_rows, is_blank, is_file_of_rows
-from safe.texts import (END, as_sampled, encoded, gpt2_tokenizer, text_files, tokenised,
-                        tokenizer_files, words_of)
+from safe.texts import (as_sampled, encoded, gpt2_tokenizer, refuse_unknown_words, text_files,
+                        tokenised, tokenizer_files, word_tokenizer, words_of)
 
 # The paper's prompt template, verbatim (it is Alpaca's).
 WITHOUT_INPUT = (
@@ -100,7 +101,7 @@ def load_examples(name: str, split: str, tokenizer: tiktoken.Encoding, max_promp
 
     In the test split a reference that is too long is cut: only the held-out loss reads it."""
     rows = load_rows(name, split)
-    prompts = encode(tokenizer, [row.prompt_text for row in rows])
+    prompts = prompts_of(tokenizer, rows)
     answers = encode(tokenizer, [row.outputs[0] for row in rows])
     short = []
     for row, prompt, answer in zip(rows, prompts, answers):
@@ -130,24 +131,19 @@ def world_tokenizer() -> tiktoken.Encoding:
     return word_tokenizer([*headers, *world.vocabulary()])
 
 
-def word_tokenizer(words: list[str]) -> tiktoken.Encoding:
-    """An encoding with one token for each of these words. Where two fit, the longer is taken."""
-    longest_first = sorted(words, key=len, reverse=True)
-    pattern = "|".join(re.sub(r"([.^$*+?{}()|\[\]\\])", r"\\\1", word) for word in longest_first)
-    return tiktoken.Encoding("words", pat_str=pattern, special_tokens={END: len(words)},
-                             mergeable_ranks={word.encode(): i for i, word in enumerate(words)})
-
-
 def tokenizer_for(data: str) -> tiktoken.Encoding:
     """The tokenizer that a new model needs for this data."""
     return world_tokenizer() if data in ("tiny", "tiny-text") else gpt2_tokenizer()
 
 
-def load_tokenizer(model: str) -> tiktoken.Encoding:
+@or_family
+def load_tokenizer(model: str, template: str = "auto") -> tiktoken.Encoding:
     """The tokenizer of a model: GPT-2's, or one of words if the model's tokenizer.json lists some.
 
     Raises UserError if the model is not there, or was made for another vocabulary."""
     config = read_config(model)
+    if template == "chat":
+        raise UserError(f"{model} is a GPT-2, which has no chat template: leave out --template")
     words = words_of(model)
     tokenizer = word_tokenizer(words) if words else gpt2_tokenizer()
     if (config.vocab_size, config.eos_token_id) != (tokenizer.n_vocab, tokenizer.eot_token):
@@ -157,6 +153,7 @@ def load_tokenizer(model: str) -> tiktoken.Encoding:
     return tokenizer
 
 
+@or_family
 def same_vocabulary(student: tiktoken.Encoding, teacher: tiktoken.Encoding) -> None:
     """Raises UserError unless q and p are distributions over the same tokens."""
     if student._mergeable_ranks != teacher._mergeable_ranks:
@@ -168,13 +165,14 @@ def encode(tokenizer: tiktoken.Encoding, texts: list[str]) -> list[list[int]]:
     """The tokens of each text. Text never becomes the end token, not even "<|endoftext|>"."""
     if tokenizer.name != "words":
         return encoded(tokenizer, texts)
-    for text in texts:
-        unknown = re.sub(tokenizer._pat_str, "\0", text).strip("\0").split("\0")[0]
-        if unknown:
-            word = unknown.strip() or unknown  # a space too many
-            raise UserError(f"a model of the built-in world does not know {word!r}; "
-                            "`python data.py --data=tiny` shows its language")
+    refuse_unknown_words(tokenizer, texts)
     return [tokenizer.encode_ordinary(text) for text in texts]  # short: threads would cost more
+
+
+@or_family
+def prompts_of(tokenizer: tiktoken.Encoding, rows: Sequence[Row]) -> list[list[int]]:
+    """The tokens of each row's prompt."""
+    return encode(tokenizer, [row.prompt_text for row in rows])
 
 
 def decode(tokenizer: tiktoken.Encoding, tokens: Iterable[int]) -> str:
@@ -182,6 +180,7 @@ def decode(tokenizer: tiktoken.Encoding, tokens: Iterable[int]) -> str:
     return tokenizer.decode([token for token in tokens if token != tokenizer.eot_token])
 
 
+@or_family
 def save_tokenizer(tokenizer: tiktoken.Encoding, folder: Path) -> None:
     """Writes the files from which `transformers` and load_tokenizer() read the same tokens."""
     for name, content in tokenizer_files(tokenizer).items():

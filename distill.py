@@ -178,6 +178,7 @@ class Config:
     baselines: str = flag("sft,kd,seqkd", "train these too; empty for none", may_be_empty=True)
     finetune: Literal["auto", "both", "teacher", "student", "none"] = flag(
         "auto", "which to fine-tune on D first; auto: a new one, or GPT-2 as released")
+    template: Literal["auto", "paper", "chat"] = flag("auto", "chat: the model's own; see README")
     plan: Literal["auto", "only", "off"] = flag("auto", "off: go on though memory may not suffice")
     resume: bool = flag(False, "go on with an unfinished run")
     # Algorithm 1
@@ -199,9 +200,8 @@ class Config:
     normalize: Literal["token", "sequence"] = flag("token", "mean over tokens, or of answers' sums")
     pt_coef: float = flag(0.0, "factor on L_PT; 1 in the paper, whose student knows D_PT", 0, 1e9)
     pt_kd: float = flag(0.0, "share of KL[p || q] in L_PT", 0, 1)
-    # lengths, validation, machine
-    max_prompt_tokens: int = flag(16, "longer prompts are dropped", 1, 1022)
-    max_tokens: int = flag(44, "most tokens of prompt and answer", 2, 1024)
+    max_prompt_tokens: int = flag(16, "longer prompts are dropped", 1, 2**20)
+    max_tokens: int = flag(44, "most tokens of prompt and answer", 2, 2**20)
     eval_every: int = flag(160, "updates between validations", 1)
     select: Literal["rouge_l", "loss", "last"] = flag("last", "validation that picks the weights")
     micro_batch: int = flag(64, "answers of a forward pass; changes memory and speed only", 1)
@@ -214,7 +214,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("float32", "autocast's dtype")
 
     def __post_init__(self):
-        check(self, max_tokens=(self.max_prompt_tokens + 1, 1024))
+        check(self, max_tokens=(self.max_prompt_tokens + 1, 2**20))
         check_place(self, "out")
         if self.rollouts % self.minibatch:
             raise UserError(f"--rollouts={self.rollouts} is not a multiple of "
@@ -436,8 +436,8 @@ def distil(cfg: Config, stop: runs.Stop | None = None) -> dict:
     out = Path(cfg.out) / "minillm"
     if runs.begin(out, cfg, FREE, m):
         return read_json(out / "results.json")
-    tokenizer = data.load_tokenizer(cfg.student)
-    data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher))
+    tokenizer = data.load_tokenizer(cfg.student, cfg.template)
+    data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher, cfg.template))
     limits = cfg.max_prompt_tokens, cfg.max_tokens
     instructions = data.load_examples(cfg.data, "train", tokenizer, *limits, m.say)
     valid = data.load_examples(cfg.data, "valid", tokenizer, *limits, m.say)
@@ -445,7 +445,7 @@ def distil(cfg: Config, stop: runs.Stop | None = None) -> dict:
     # Dropout is off after load() and stays off: log q must be that of sampling.
     student = supervised.trained(load(cfg.student, m.device), cfg.recompute, cfg.compile)
     draw, ready = decoder(cfg.one_model_decoder)
-    teacher = ready(load(cfg.teacher, m.device), m.dtype).requires_grad_(False)
+    teacher = ready(load(cfg.teacher, m.device, m.dtype), m.dtype).requires_grad_(False)
     optimizer, scaler = supervised.optimizer_of(student, m, (0.9, 0.95), 1e-6)
     run = runs.Run(out, cfg, m, stop, cfg.steps, student, optimizer, scaler)
     step, best, validated = run.step, run.best, run.best is not None

@@ -167,8 +167,9 @@ class Config:
     seeds: int = flag(5, "number of seeds, of 10, 20, 30 ...", 1, 1000)
     corpus: str | None = flag(None, "measure the loss on this plain text too: tiny-text, FILE.txt")
     limit: int | None = flag(None, "use the first so many prompts only", 1)
-    max_prompt_tokens: int = flag(256, "longer prompts are dropped", 1, 1023)
-    max_response_tokens: int | None = flag(None, "longest answer; default at most 256", 1, 1023)
+    template: Literal["auto", "paper", "chat"] = flag("auto", "chat: the model's own; see README")
+    max_prompt_tokens: int = flag(256, "longer prompts are dropped", 1, 2**20)
+    max_response_tokens: int | None = flag(None, "longest answer; default at most 256", 1, 2**20)
     rouge: Literal["english", "unicode"] = flag("english", "Rouge-L's words; unicode: any script")
     no_repeat_ngram: int = flag(0, "say no n-gram twice; the released code: 6", 0, 1024)
     sample_batch: int = flag(64, "answers decoded together; changes memory and speed only", 1)
@@ -183,15 +184,14 @@ class Config:
 
 
 def main(cfg: Config, own: bool = False) -> dict:
-    """The results of one set, or of several by their names. `own` means that the folder belongs to
-    a run, so that results of other settings are replaced."""
+    """The results of a set, or of several by name. In a run's `own` folder others are replaced."""
     names = list(data.HUB_SETS) if cfg.data == "all" else (cfg.data or "").split(",")
     if len(names) > 1:
         return evaluate_sets(cfg, names)
     m = machine(cfg.device, cfg.dtype, cfg.sample_batch)
-    tokenizer = data.load_tokenizer(cfg.model)
+    tokenizer = data.load_tokenizer(cfg.model, cfg.template)
     if cfg.teacher:
-        data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher))
+        data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher, cfg.template))
     name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
     path = Path(cfg.out) / "results.json" if cfg.out else None
     given = asdict(cfg) | dict.fromkeys(("sample_batch", "decoder", "device"))
@@ -200,8 +200,8 @@ def main(cfg: Config, own: bool = False) -> dict:
     if results := runs.earlier(path, given, m, own):
         return results
     draw, ready = decoder(cfg.decoder)
-    model = ready(load(cfg.model, m.device), m.dtype)
-    teacher = ready(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
+    model = ready(load(cfg.model, m.device, m.dtype), m.dtype)
+    teacher = ready(load(cfg.teacher, m.device, m.dtype), m.dtype) if cfg.teacher else None
     room = min(g.config.n_positions for g in (model, teacher) if g)
     longest, T = lengths(room, cfg.max_prompt_tokens, cfg.max_response_tokens)
     whole = min(longest + T, room)

@@ -1,11 +1,10 @@
 """GPT-2 by hand: the forward pass, its key-value cache, and released weights read and written.
 
-Paper:    arXiv 2306.08543v4, Section 3.1: teacher and students are GPT-2s of 120M to 1.5B
-          parameters. Their shape is that of Radford et al. 2019: layer norm before each part, tanh
-          GELU, learned positions, output tied to the input embedding.
+Paper:    arXiv 2306.08543v4, Section 3.1, GPT-2s of 120M to 1.5B parameters. As in Radford et
+          al. 2019: layer norm before each part, tanh GELU, learned positions, tied embeddings.
 Run:      python sample.py --model=gpt2 --prompt="Name three colours."    (this file is imported)
 Shapes:   B rows, T tokens fed now, S tokens seen so far, D width, H heads, V vocabulary.
-Left out: other families (OPT and LLaMA add names, not ideas); tensor parallelism; quantisation.
+Left out: other families, which families/ reads; tensor parallelism; quantisation.
 """
 
 import json
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError
+from families import or_family
 from safe.files import read_json, written_aside
 from safe.hub import read_weights, require, weight_files, write_weights
 
@@ -62,17 +62,14 @@ class GPTConfig:
 # ---- the cache and the mask -------------------------------------------------------------------
 
 class KVCache:
-    """Keys and values of every layer, allocated once; `length` counts the tokens it holds.
-
-    On a CPU they are float32: attention of one token takes five times as long in bfloat16."""
+    """Keys and values of every layer, allocated once; `length` counts the tokens it holds."""
 
     def __init__(self, config: GPTConfig, batch: int, length: int, device: torch.device,
                  dtype: torch.dtype):
-        dtype = torch.float32 if device.type == "cpu" else dtype
+        dtype = torch.float32 if device.type == "cpu" else dtype  # 5 times as fast for one token
         shape = (2, batch, config.n_head, length, config.n_embd // config.n_head)
-        self.layers = []
-        for _ in range(config.n_layer):  # one tensor each: no need for one large piece of memory
-            self.layers.append(torch.zeros(shape, device=device, dtype=dtype))
+        self.layers = [torch.zeros(shape, device=device, dtype=dtype)
+                       for _ in range(config.n_layer)]
         self.length = 0
 
     def positions(self, T: int) -> Tensor:
@@ -119,7 +116,7 @@ def causal_mask(positions: Tensor, columns: int, starts: Tensor | None) -> Tenso
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.attn_pdrop
+        self.n_head, self.dropout = config.n_head, nn.Dropout(config.attn_pdrop)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
@@ -129,7 +126,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (part.view(heads).transpose(1, 2) for part in self.c_attn(x).split(D, dim=2))
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, H, S, D/H) each
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout.p if self.training else 0.0
         causal = True if mask is None and T > 1 else False  # a plain bool: compiled, T is a symbol
         with torch.autocast(x.device.type, enabled=False):  # it computes in the cache's dtype
             mask = None if mask is None else mask.to(k.dtype)
@@ -162,6 +159,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    new_cache = KVCache
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -211,12 +210,13 @@ class GPT(nn.Module):
         logits = F.linear(hidden, self.head() if head is None else head)
         return logits if logits.dtype == torch.float64 else logits.float()
 
+    def ends(self, token: Tensor) -> Tensor:
+        return token == self.config.eos_token_id
+
     def set_dropout(self, dropout: float) -> None:
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
-            elif isinstance(module, CausalSelfAttention):
-                module.dropout = dropout
 
 
 # ---- a new model ------------------------------------------------------------------------------
@@ -234,8 +234,7 @@ def new_config(shape: str, tokenizer) -> GPTConfig:
 
 
 def new(config: GPTConfig, seed: int) -> GPT:
-    """Random weights, drawn as GPT-2's were, but wider for a narrow model, whose logits would begin
-    too flat."""
+    """Random weights, drawn as GPT-2's; wider in a narrow model, whose logits would be too flat."""
     model = GPT(config)
     generator = torch.Generator().manual_seed(seed)
     std = 0.02 * math.sqrt(768 / min(config.n_embd, 768))
@@ -252,13 +251,13 @@ def new(config: GPTConfig, seed: int) -> GPT:
 # ---- released weights -------------------------------------------------------------------------
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-SUPPORTED = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+SUPPORTED = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"),
              "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
              "tie_word_embeddings": (True,), "add_cross_attention": (False,)}
-# Some trainers pad GPT-2's vocabulary to a multiple of 64. The added rows stand for no token.
-PADDED = range(50304, 50433, 64)
+PADDED = range(50304, 50433, 64)  # GPT-2's tokens and rows for none, which some trainers add
 
 
+@or_family
 def read_config(name: str) -> GPTConfig:
     """The shape of a model. Raises UserError if it is not there, or is not a GPT-2."""
     path = require(name, "config.json")
@@ -275,8 +274,9 @@ def read_config(name: str) -> GPTConfig:
         raise UserError(f"{path}: {error}") from None
 
 
-def load(name: str, device: torch.device | str = "cpu") -> GPT:
-    """A GPT-2 in float32: gpt2, gpt2-xl, OWNER/NAME on the hub, or a folder.
+@or_family
+def load(name: str, device: torch.device | str = "cpu", dtype=None) -> GPT:
+    """A GPT-2 in float32, whatever the dtype: gpt2, gpt2-xl, OWNER/NAME on the hub, or a folder.
 
     Raises UserError, naming the tensor, where the weights do not fit their config.json."""
     config = read_config(name)
@@ -305,9 +305,9 @@ def load(name: str, device: torch.device | str = "cpu") -> GPT:
     return model.eval()
 
 
+@or_family
 def save(model: GPT, folder: Path) -> None:
-    """Writes model.safetensors, with a checksum in its metadata, and config.json, as `transformers`
-    writes and reads them."""
+    """Writes model.safetensors, with a checksum, and config.json, as `transformers` has them."""
     tensors = {}
     for key, p in model.named_parameters():
         p = p.detach().t() if key.endswith(TRANSPOSED) else p.detach()

@@ -26,7 +26,7 @@ from torch import Tensor
 import data
 from config import Machine, UserError, check, flag, machine, run
 from data import Row
-from model import GPT, KVCache, load, read_config
+from model import GPT, load, read_config
 from safe.files import check_place, write_lines
 from safe.rows import is_blank
 from safe.texts import Stream
@@ -92,8 +92,8 @@ class Rollout:
         lengths = self.response_mask.sum(1).tolist()
         return [row[:length] for row, length in zip(self.response.tolist(), lengths)]
 
-    def finish(self, length: Tensor, end: int) -> "Rollout":
-        """Sets the mask by the length (B,) of each answer, and clears what lies beyond it."""
+    def finish(self, length: Tensor, ends: Tensor) -> "Rollout":
+        """Sets the mask by each length (B,) and clears the rest. ends (B, T) marks end tokens."""
         T = self.response.size(1)
         self.response_mask = torch.arange(T, device=length.device) < length[:, None]  # (B, T)
         for values in (self.response, self.student_logp, self.mixed_logp, self.teacher_logp):
@@ -101,7 +101,7 @@ class Rollout:
         if self.mixed_logp.isnan().any():
             raise UserError("the model's probabilities are not numbers: its weights are broken, or "
                             "--dtype is too coarse")
-        self.ended = ((self.response == end) & self.response_mask).any(1)
+        self.ended = (ends & self.response_mask).any(1)
         return self
 
 
@@ -114,7 +114,7 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine,
 
     adjust(logp (b, V), rows, said (b, P + t)) may change what a token is drawn from. `rows` are
     the answers' numbers, and `said` is each prompt with its answer so far, -1 for padding."""
-    (B, T), device, end = uniform.shape, m.device, student.config.eos_token_id
+    (B, T), device = uniform.shape, m.device
     models = [student] if teacher is None else [student, teacher]
     rollout = Rollout.empty(prompts, T, m, teacher.config.n_embd if teacher else 0)
     length = torch.zeros(B, dtype=torch.int64, device=device)
@@ -128,7 +128,7 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine,
         columns = torch.arange(tokens.size(1), device=device)
         said = tokens.masked_fill(columns < starts[:, None], -1)  # (b, P)
         size = tokens.size(1) + T - 1
-        caches = [KVCache(model.config, len(rows), size, device, m.dtype) for model in models]
+        caches = [g.new_cache(g.config, len(rows), size, device, m.dtype) for g in models]
         done = torch.zeros_like(starts).bool()  # (b,)
         with m.autocast():
             heads = [model.head() for model in models]  # (V, D) each
@@ -148,12 +148,12 @@ def sample(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine,
                     rollout.teacher_logp[rows, t] = taken(logp_vocab[1], token)
                     rollout.teacher_hidden[rows, t] = hidden[1].to(m.dtype)
                 length[rows] += (~done).long()  # the end token counts, what follows it does not
-                done |= token == end
+                done |= student.ends(token)
                 if done.all():
                     break
                 tokens = token[:, None]  # (b, 1)
                 said = torch.cat([said, tokens], 1)  # (b, P + t + 1)
-    return rollout.finish(length, end)
+    return rollout.finish(length, student.ends(rollout.response))
 
 
 @torch.no_grad()
@@ -183,7 +183,7 @@ def follow(student: GPT, prompts: list[list[int]], answers: list[list[int]], T: 
             rollout.teacher_hidden[rows, :n] = p_hidden.to(m.dtype)
     rollout.mixed_logp = rollout.student_logp.clone()
     length = torch.tensor([len(answer) for answer in answers], dtype=torch.int64, device=m.device)
-    return rollout.finish(length, student.config.eos_token_id)
+    return rollout.finish(length, student.ends(rollout.response))
 
 
 def decoder(kind: str) -> tuple[Callable, Callable]:
@@ -232,9 +232,10 @@ class Config:
     input: str = flag("", "the input that goes with --prompt", may_be_empty=True)
     data: str | None = flag(None, "answer the rows of --split of this set or .jsonl instead")
     split: Literal["train", "valid", "test"] = flag("test", "of a .jsonl, test is the whole file")
+    template: Literal["auto", "paper", "chat"] = flag("auto", "chat: the model's own; see README")
     samples: int = flag(1, "answers to each prompt", 1)
-    max_response_tokens: int | None = flag(None, "longest answer; default at most 256", 1, 1023)
-    max_prompt_tokens: int = flag(256, "longer prompts are dropped", 1, 1023)
+    max_response_tokens: int | None = flag(None, "longest answer; default at most 256", 1, 2**20)
+    max_prompt_tokens: int = flag(256, "longer prompts are dropped", 1, 2**20)
     temperature: float = flag(1.0, "near 0 the likeliest token is drawn", 1e-4, 100)
     top_k: int = flag(0, "draw from the likeliest k tokens only; 0 for all", 0)
     top_p: float = flag(1.0, "draw from the fewest tokens that hold this probability", 1e-6, 1)
@@ -262,23 +263,23 @@ class Config:
 
 def main(cfg: Config) -> None:
     m = machine(cfg.device, cfg.dtype, cfg.sample_batch)
-    tokenizer = data.load_tokenizer(cfg.model)
+    tokenizer = data.load_tokenizer(cfg.model, cfg.template)
     if cfg.teacher:
-        data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher))
+        data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher, cfg.template))
     room = min(read_config(name).n_positions for name in (cfg.model, cfg.teacher) if name)
     if cfg.data:
         longest, T = lengths(room, cfg.max_prompt_tokens, cfg.max_response_tokens)
-        examples = data.load_examples(cfg.data, cfg.split, tokenizer, longest, 1024, m.say)
+        examples = data.load_examples(cfg.data, cfg.split, tokenizer, longest, room, m.say)
         rows = [example.row for example in examples]
     else:
         rows = [Row(cfg.prompt, cfg.input)]
-        asked = len(data.encode(tokenizer, [rows[0].prompt_text])[0])
+        asked = len(data.prompts_of(tokenizer, rows)[0])
         T = cfg.max_response_tokens or max(1, min(256, room + 1 - asked))
     rows = [row for row in rows for _ in range(cfg.samples)]
-    prompts = data.encode(tokenizer, [row.prompt_text for row in rows])
+    prompts = data.prompts_of(tokenizer, rows)
     draw, ready = decoder(cfg.decoder)
-    model = ready(load(cfg.model, m.device), m.dtype)
-    teacher = ready(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
+    model = ready(load(cfg.model, m.device, m.dtype), m.dtype)
+    teacher = ready(load(cfg.teacher, m.device, m.dtype), m.dtype) if cfg.teacher else None
     streamed = len(rows) == 1 and not cfg.out and cfg.decoder != "captured"
     restricted = (cfg.temperature, cfg.top_k, cfg.top_p) != (1.0, 0, 1.0)
     stream = Stream(tokenizer)
@@ -292,9 +293,8 @@ def main(cfg: Config) -> None:
 
     began = time.perf_counter()
     mine = list(range(m.rank, len(rows), m.world))
-    uniform = uniforms(cfg.seed, mine, T)
-    rollout = draw(model, [prompts[i] for i in mine], uniform, m, teacher, cfg.mix_alpha,
-                   adjust if streamed or restricted else None)
+    rollout = draw(model, [prompts[i] for i in mine], uniforms(cfg.seed, mine, T), m, teacher,
+                   cfg.mix_alpha, adjust if streamed or restricted else None)
     seconds = time.perf_counter() - began
     answers = sorted(m.gather(list(zip(mine, rollout.answers, rollout.ended.tolist()))))
     if m.rank == 0 and streamed:

@@ -42,6 +42,7 @@ class Config:
     data: str = flag("dolly", "instructions (dolly, tiny, FILE.jsonl) or plain text (FILE.txt, a "
                               "folder, openwebtext)")
     valid_data: str | None = flag(None, "validate on this instruction set, not on rows of --data")
+    template: Literal["auto", "paper", "chat"] = flag("auto", "chat: the model's own; see README")
     teacher: str | None = flag(None, "p of word-level KD; without one, the data alone teach")
     kd_ratio: float = flag(0.5, "share of KL[p || q] in the loss if there is a teacher", 0, 1)
     lr: float | None = flag(None, "peak learning rate; default by RECIPES", 0, 10)
@@ -58,8 +59,8 @@ class Config:
     dropout: float | None = flag(None, "while training; default that of config.json", 0, 0.99)
     select: Literal["rouge_l", "loss", "last"] = flag("rouge_l", "what picks the weights")
     evals: int | None = flag(None, "validations; default one an epoch, or ten with --updates", 1)
-    max_prompt_tokens: int = flag(256, "longer prompts are dropped", 1, 1022)
-    max_tokens: int = flag(512, "longer samples are dropped; length of a piece of text", 2, 1024)
+    max_prompt_tokens: int = flag(256, "longer prompts are dropped", 1, 2**20)
+    max_tokens: int = flag(512, "longer samples are dropped; length of a piece of text", 2, 2**20)
     seed: int = flag(10, "seed of order, dropout and new weights", 0, 2**62)
     decoder: Literal["fast", "captured", "plain"] = flag("fast", "how validation samples answers")
     resume: bool = flag(False, "go on with an unfinished run")
@@ -124,8 +125,7 @@ def add_gradient(model: GPT, batch: Batch, divisor: float, m: Machine,
     # Logits of all rows would not fit: a few rows at a time give `states` their gradient, which
     # then goes back through the layers at once.
     states = hidden.detach().requires_grad_()
-    b, T = batch.response.shape
-    for rows in data.slices(range(b), m.room(T, len(head))):
+    for rows in data.slices(range(len(states)), m.room(states.size(1), len(head))):
         with m.autocast():
             log_q = model.logits(states[rows], head).log_softmax(-1)  # (c, T, V)
             gold = -taken(log_q, batch.response[rows])  # (c, T)
@@ -194,8 +194,7 @@ def validate(model: GPT, tokenizer: tiktoken.Encoding, examples: Sequence[Exampl
              draw: Callable, T: int, teacher: GPT | None = None) -> tuple[dict, list[dict]]:
     """The held-out loss, on instructions with the metrics of one answer to each prompt, and the
     answers. The draws are the same each time."""
-    answers = []
-    scores = {"loss": held_out_loss(model, examples, m)}
+    scores, answers = {"loss": held_out_loss(model, examples, m)}, []
     if not math.isfinite(scores["loss"]):  # no later one would be better than NaN
         raise UserError(f"the validation loss is {scores['loss']}: {LOWER}")
     if not isinstance(examples, data.Pieces):
@@ -255,20 +254,21 @@ def train(cfg: Config, stop: runs.Stop) -> dict:
     if runs.begin(out, cfg, FREE, m):
         return read_json(out / "results.json")
     is_new = is_shape(cfg.model)
-    tokenizer = data.tokenizer_for(cfg.data) if is_new else data.load_tokenizer(cfg.model)
+    known = None if is_new else data.load_tokenizer(cfg.model, cfg.template)
+    tokenizer = known or data.tokenizer_for(cfg.data)
     config = new_config(cfg.model, tokenizer) if is_new else read_config(cfg.model)
     if cfg.max_tokens > config.n_positions:
         raise UserError(f"--max_tokens={cfg.max_tokens} is more than this model's "
                         f"{config.n_positions} positions")
     if cfg.teacher:  # a mistake is told before the data are fetched
-        data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher))
+        data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher, cfg.template))
     examples, valid = load_data(cfg, tokenizer, m)
     model = new(config, cfg.seed).to(m.device) if is_new else load(cfg.model, m.device)
     model = trained(model, cfg.recompute, cfg.compile)
     if cfg.dropout is not None:
         model.set_dropout(cfg.dropout)
     draw, ready = decoder(cfg.decoder)
-    teacher = ready(load(cfg.teacher, m.device), m.dtype) if cfg.teacher else None
+    teacher = ready(load(cfg.teacher, m.device, m.dtype), m.dtype) if cfg.teacher else None
     updates, evals, lr = schedule(cfg, config, len(examples))
     select = selection(cfg.select, valid, m)
     eval_steps = {round(updates * (n + 1) / evals) for n in range(evals)}

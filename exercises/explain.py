@@ -102,13 +102,13 @@ def columns(cfg: distill.Config) -> dict[str, tuple[str, str]]:
 def main(cfg: distill.Config) -> None:
     cfg = with_models(cfg)
     m = machine(cfg.device, cfg.dtype, cfg.sample_batch)
-    tokenizer = data.load_tokenizer(cfg.student)
-    data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher))
+    tokenizer = data.load_tokenizer(cfg.student, cfg.template)
+    data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher, cfg.template))
     limits = (cfg.max_prompt_tokens, cfg.max_tokens)
     instructions = data.load_examples(cfg.data, "train", tokenizer, *limits, m.say)
     student = load(cfg.student, m.device)
     _, ready = decoder(cfg.decoder)
-    teacher = ready(load(cfg.teacher, m.device), m.dtype)
+    teacher = ready(load(cfg.teacher, m.device, m.dtype), m.dtype)
 
     # the answers of the first collection, their rewards, and the first minibatch
     rollout = distill.collect(

@@ -38,11 +38,11 @@ class Together:
     """Answers that are decoded together. What is drawn goes into their rows of the rollout."""
 
     def __init__(self, models: list[GPT], rollout: Rollout, uniform: Tensor, m: Machine,
-                 rows: list[int], new_cache: type):
+                 rows: list[int], recorded: bool):
         self.models, self.rollout, self.uniform, self.m = models, rollout, uniform, m
         prompts = [rollout.prompts[row] for row in rows]
         self.prompts, starts = data.pad_left(prompts, m.device)  # (b, P), (b,)
-        padded = min(map(len, prompts)) < self.prompts.size(1) or new_cache is RecordedCache
+        padded = min(map(len, prompts)) < self.prompts.size(1) or recorded
         self.starts = starts if padded else None  # without it attention needs no mask
         self.rows = torch.tensor(rows, device=m.device)  # (b,) the numbers of the answers
         self.done = torch.zeros_like(starts).bool()  # (b,) whether an answer has ended
@@ -52,8 +52,10 @@ class Together:
         if columns > room:
             raise UserError(f"a prompt of {self.prompts.size(1)} tokens and {uniform.size(1)} new "
                             f"ones do not fit into {room} positions")
-        self.caches = [new_cache(model.config, len(rows), columns, m.device, m.dtype)
-                       for model in models]
+        self.caches = []
+        for model in models:
+            new_cache = RecordedCache if recorded else model.new_cache
+            self.caches.append(new_cache(model.config, len(rows), columns, m.device, m.dtype))
 
     def going_on(self, t: int, share: float = 0.75) -> Tensor:
         """The places (b',) in the batch of the answers to go on with behind y_t. They are all of
@@ -76,7 +78,7 @@ class Together:
 
 
 def draw(models: list[GPT], prompts: list[list[int]], uniform: Tensor, m: Machine,
-         decode: Callable, groups: Iterable[list[int]], new_cache: type = KVCache) -> Rollout:
+         decode: Callable, groups: Iterable[list[int]], recorded: bool = False) -> Rollout:
     """Calls decode(Together) for the rows of each group, m.sample_batch at a time. Where a GPU has
     no room for so many, it goes on with half as many: an answer does not depend on its company."""
     rollout = Rollout.empty(prompts, uniform.size(1), m, sum(p.config.n_embd for p in models[1:]))
@@ -87,7 +89,7 @@ def draw(models: list[GPT], prompts: list[list[int]], uniform: Tensor, m: Machin
         while group:
             rows, fits = group[:size], True
             try:
-                decode(Together(models, rollout, uniform, m, rows, new_cache))
+                decode(Together(models, rollout, uniform, m, rows, recorded))
             except torch.cuda.OutOfMemoryError:
                 if len(rows) == 1:
                     raise
@@ -99,11 +101,10 @@ def draw(models: list[GPT], prompts: list[list[int]], uniform: Tensor, m: Machin
                 size = len(rows) // 2
                 print(f"out of memory: {len(rows)} answers were too many to decode together, "
                       f"{size} are tried")
-    end = models[0].config.eos_token_id
-    ends = rollout.response == end  # (B, T); a row may have gone on behind the first of them
+    ends = models[0].ends(rollout.response)  # (B, T); a row may have gone on behind the first
     length = torch.where(ends.any(1), ends.int().argmax(1) + 1, ends.size(1))
     close_holes()  # an update's tensors would not fit into those that the caches leave
-    return rollout.finish(length, end)
+    return rollout.finish(length, ends)
 
 
 # ---- both models walk together ----------------------------------------------------------------
@@ -130,7 +131,7 @@ def step(batch: Together, mix_alpha: float, adjust: Callable | None = None) -> N
     if len(batch.models) == 2:
         rollout.teacher_logp[rows, t] = taken(logp_vocab[1], token)
         rollout.teacher_hidden[rows, t] = hidden[1].to(batch.m.dtype)
-    batch.done |= token == batch.models[0].config.eos_token_id
+    batch.done |= batch.models[0].ends(token)
     batch.t += 1
 
 
@@ -227,7 +228,7 @@ def captured(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine
                 break
 
     models = [student, teacher] if teacher else [student]
-    return draw(models, prompts, uniform, m, decode, [range(len(prompts))], RecordedCache)
+    return draw(models, prompts, uniform, m, decode, [range(len(prompts))], recorded=True)
 
 
 # ---- one model at a time ----------------------------------------------------------------------
@@ -263,7 +264,7 @@ def read(batch: Together, which: int, t: int, draws: bool) -> None:
             if draws and after == t + 1:
                 token = inverse_cdf(logp_vocab[:, -1], batch.uniform[rows, t])  # (b,)
                 rollout.response[rows, t] = token
-                batch.done |= token == model.config.eos_token_id
+                batch.done |= batch.models[0].ends(token)
             logp = taken(logp_vocab, rollout.response[rows, first:after])  # (b, chunk)
             if which == 0:
                 rollout.student_logp[rows, first:after] = logp

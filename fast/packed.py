@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from families import or_family
 from model import GPT, Block, KVCache
 
 
@@ -95,6 +96,7 @@ class Packed(Frozen):
         return self.output(hidden).float()
 
 
+@or_family
 def frozen(model: GPT, dtype: torch.dtype) -> GPT:
     """A copy for inference. Its linear maps are in `dtype`, so that autocast need not cast them at
     each call, and packed on a CPU. All else is shared with the model."""

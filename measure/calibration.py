@@ -183,6 +183,7 @@ def measure(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> di
 class Config:
     model: str = flag("gpt2", "a folder, gpt2 ... gpt2-xl, or OWNER/NAME on the hub")
     data: str | None = flag(None, "BoolQ's .jsonl, SST-2's .tsv, or both with a comma between")
+    template: Literal["auto", "paper", "chat"] = flag("auto", "chat: the model's own; see README")
     bins: int = flag(10, "bins of confidence, from 0 to 1, of the ECE")
     limit: int | None = flag(None, "use the first so many prompts of each file only")
     sample_batch: int = flag(16, "prompts read together; changes memory and speed only")
@@ -205,7 +206,7 @@ def main(cfg: Config) -> dict:
         if task in tasks:
             raise UserError(f"--data={cfg.data}: two files of {task}; measure them one by one")
         tasks[task] = rows
-    tokenizer = data.load_tokenizer(cfg.model)
+    tokenizer = data.load_tokenizer(cfg.model, cfg.template)
     path = Path(cfg.out) / "calibration.json" if cfg.out else None
     given = asdict(cfg) | dict.fromkeys(("sample_batch", "device"))
     given |= {"weights": runs.checksum(cfg.model), "files": [runs.checksum(file) for file in files]}
@@ -217,7 +218,7 @@ def main(cfg: Config) -> dict:
     for task, rows in tasks.items():
         began, words = time.perf_counter(), TASKS[task][1]
         labels = data.encode(tokenizer, words)
-        prompts = data.encode(tokenizer, [row.prompt_text for _, row, _ in rows])
+        prompts = data.prompts_of(tokenizer, [row for _, row, _ in rows])
         longest = max(map(len, labels))
         fit = [(prompt, number, label) for prompt, (number, _, label) in zip(prompts, rows)
                if len(prompt) + longest <= P]

@@ -72,6 +72,7 @@ class Config:
     teacher: str = flag("out/tiny/teacher", "p, by the same kinds of name")
     data: str | None = flag(None, "prompts: tiny, dolly, FILE.jsonl ...; default by the model")
     split: Literal["test", "valid"] = flag("test", "which rows; of a FILE.jsonl test is the whole")
+    template: Literal["auto", "paper", "chat"] = flag("auto", "chat: the model's own; see README")
     samples: int = flag(10, "answers of q and of p to each prompt")
     limit: int | None = flag(None, "use the first so many prompts only")
     max_prompt_tokens: int = flag(256, "longer prompts are dropped")
@@ -84,14 +85,15 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "autocast's dtype")
 
     def __post_init__(self):
-        check(self, samples=(1, 10**6), limit=(1, 10**9), max_prompt_tokens=(1, 1023),
-              max_response_tokens=(1, 1023), seed=(0, 2**62), sample_batch=(1, 10**5))
+        check(self, samples=(1, 10**6), limit=(1, 10**9), max_prompt_tokens=(1, 2**20),
+              max_response_tokens=(1, 2**20), seed=(0, 2**62), sample_batch=(1, 10**5))
         check_place(self, "out")
 
 
 def main(cfg: Config) -> dict:
-    m, tokenizer = machine(cfg.device, cfg.dtype, cfg.sample_batch), data.load_tokenizer(cfg.model)
-    data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher))
+    m = machine(cfg.device, cfg.dtype, cfg.sample_batch)
+    tokenizer = data.load_tokenizer(cfg.model, cfg.template)
+    data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher, cfg.template))
     name = cfg.data or ("tiny" if tokenizer.name == "words" else "dolly")
     path = Path(cfg.out) / "exposure.json" if cfg.out else None
     given = asdict(cfg) | dict.fromkeys(("sample_batch", "decoder", "device"))
@@ -100,7 +102,7 @@ def main(cfg: Config) -> dict:
     if results := runs.earlier(path, given, m):
         return results
     draw, ready = decoder(cfg.decoder)
-    models = [ready(load(model, m.device), m.dtype) for model in (cfg.model, cfg.teacher)]
+    models = [ready(load(model, m.device, m.dtype), m.dtype) for model in (cfg.model, cfg.teacher)]
     room = min(model.config.n_positions for model in models)
     longest, T = lengths(room, cfg.max_prompt_tokens, cfg.max_response_tokens)
     examples = data.load_examples(name, cfg.split, tokenizer, longest, room, m.say)

@@ -42,11 +42,21 @@ def encoded(tokenizer: tiktoken.Encoding, texts: list[str]) -> list[list[int]]:
     return tokenizer.encode_ordinary_batch(texts)
 
 
+def refuse_unknown_words(tokenizer: tiktoken.Encoding, texts: list[str]) -> None:
+    for text in texts:
+        unknown = re.sub(tokenizer._pat_str, "\0", text).strip("\0").split("\0")[0]
+        if unknown:
+            word = unknown.strip() or unknown  # a space too many
+            raise UserError(f"a model of the built-in world does not know {word!r}; "
+                            "`python data.py --data=tiny` shows its language")
+
+
 def as_sampled(tokenizer: tiktoken.Encoding, tokens: Sequence[int] | None,
                text: str) -> list[int] | None:
     """The tokens of a sampled answer if they read as its text in this vocabulary, else None: the
     text has been edited then, or another vocabulary wrote it."""
-    if tokens is None or not all(0 <= token < tokenizer.eot_token for token in tokens):
+    end = tokenizer.eot_token
+    if tokens is None or not all(0 <= t < tokenizer.n_vocab and t != end for t in tokens):
         return None
     tokens = list(tokens)
     if tokenizer.decode(tokens) == text:
@@ -82,12 +92,11 @@ def tokenised(name: str, files: list[Path], tokenizer: tiktoken.Encoding, encode
     file in `folder`. The first process writes that file, unless it is there."""
     read = [(str(file.resolve()), file.stat()) for file in files]
     key = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in read]
-    which = tokenizer.name  # GPT-2's, or one of many lists of words
-    if which == "words":
-        which = repr(tokenizer._mergeable_ranks)
+    which = "gpt2" if tokenizer.name == "gpt2" else repr(tokenizer._mergeable_ranks)
+    kind = np.dtype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
     crc = zlib.crc32(repr([which, *key]).encode())
     path = folder / f"{Path(name).stem.replace(':', '-')}-{crc:08x}.bin"
-    whole = path.exists() and path.stat().st_size and path.stat().st_size % 2 == 0
+    whole = path.exists() and path.stat().st_size and path.stat().st_size % kind.itemsize == 0
     if m.rank == 0 and not whole:
         m.say(f"corpus {name}: tokenising once, into {path}")
         pieces = (piece for file in files for piece in documents(file))
@@ -95,11 +104,11 @@ def tokenised(name: str, files: list[Path], tokenizer: tiktoken.Encoding, encode
             while some := list(islice(pieces, 512)):
                 tokens = encode(tokenizer, [text for text, _ in some])
                 for piece, (_, ends) in zip(tokens, some):
-                    np.array(piece + [tokenizer.eot_token] * ends, np.uint16).tofile(file)
+                    np.array(piece + [tokenizer.eot_token] * ends, kind).tofile(file)
             if file.tell() == 0:
                 raise UserError(f"{name}: there is no text in it")
     m.barrier()
-    corpus = np.memmap(path, np.uint16, "r")
+    corpus = np.memmap(path, kind, "r")
     m.say(f"corpus {name}: {len(corpus):,} tokens")
     return corpus
 
@@ -201,6 +210,14 @@ def rules_of(merges: Iterable[bytes | str | list[str]]) -> list[str]:
     merges = [rule.decode().strip() if isinstance(rule, bytes) else rule for rule in merges]
     merges = [rule if isinstance(rule, str) else " ".join(rule) for rule in merges]
     return [rule for rule in merges if rule and not rule.startswith("#version")]
+
+
+def word_tokenizer(words: list[str]) -> tiktoken.Encoding:
+    """An encoding with one token for each of these words. Where two fit, the longer is taken."""
+    longest_first = sorted(words, key=len, reverse=True)
+    pattern = "|".join(re.sub(r"([.^$*+?{}()|\[\]\\])", r"\\\1", word) for word in longest_first)
+    return tiktoken.Encoding("words", pat_str=pattern, special_tokens={END: len(words)},
+                             mergeable_ranks={word.encode(): i for i, word in enumerate(words)})
 
 
 @cache

@@ -110,7 +110,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 def another_vocabulary(folder: Path) -> str:
     """A model with a vocabulary of words of its own, 77 and the end token."""
-    tokenizer = data.word_tokenizer([f" word{n}" for n in range(77)])
+    tokenizer = texts.word_tokenizer([f" word{n}" for n in range(77)])
     save(random_gpt(vocab_size=78, eos_token_id=77, n_positions=64), folder)
     data.save_tokenizer(tokenizer, folder)
     return str(folder)

@@ -14,11 +14,13 @@ import torch
 from conftest import CPU, refused
 
 import data
+import families
 from config import UserError
-from data import END, Pieces, Row, load_corpus, load_examples, load_rows, pad_left, pad_right, picks
+from data import Pieces, Row, load_corpus, load_examples, load_rows, pad_left, pad_right, picks
 from model import GPTConfig
 from safe import rows as of_rows
 from safe import texts
+from safe.texts import END
 from safe.files import write_json
 
 
@@ -544,6 +546,7 @@ def test_a_gpt2_of_another_language_is_refused(file, content, on_the_hub, tmp_pa
     write_json(tmp_path / file, content)
     if on_the_hub:
         there = {path.name: path for path in tmp_path.iterdir()}
+        monkeypatch.setattr(families, "is_gpt2", lambda thing: True)
         monkeypatch.setattr(data, "read_config", lambda name: GPTConfig())
         monkeypatch.setattr(texts, "fetch", lambda name, file: {"some/gpt2": there}[name].get(file))
         name = "some/gpt2"
@@ -552,8 +555,8 @@ def test_a_gpt2_of_another_language_is_refused(file, content, on_the_hub, tmp_pa
 
 def test_two_vocabularies_of_one_size_are_two():
     words = [data.world_tokenizer().decode([n]) for n in range(data.world_tokenizer().n_vocab - 1)]
-    data.same_vocabulary(data.world_tokenizer(), data.word_tokenizer(words))
-    refused(lambda: data.same_vocabulary(data.world_tokenizer(), data.word_tokenizer(words[::-1])),
+    data.same_vocabulary(data.world_tokenizer(), texts.word_tokenizer(words))
+    refused(lambda: data.same_vocabulary(data.world_tokenizer(), texts.word_tokenizer(words[::-1])),
             "the student has 126 tokens and the teacher other 126", "one vocabulary")
 
 
@@ -604,6 +607,7 @@ def test_a_model_in_the_hubs_cache_needs_no_network_for_its_tokenizer(gpt2, monk
     def unreachable(name, file):
         raise UserError("the hub could not be reached")
 
+    monkeypatch.setattr(families, "is_gpt2", lambda thing: True)
     monkeypatch.setattr(data, "read_config", lambda name: GPTConfig())
     monkeypatch.setattr(texts, "fetch", unreachable)
     assert data.load_tokenizer("gpt2") is gpt2

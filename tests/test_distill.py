@@ -48,6 +48,7 @@ from distill import (
 )
 from model import load, save
 from safe import files, runs
+from safe.texts import END
 from sample import decoder, follow, restrict, sample, uniforms
 from tools import plan, stages
 
@@ -257,9 +258,10 @@ def test_what_an_objective_is_made_of():
     assert all(of[kind] == (kind, "none") for kind in ("forward", "js", "skew")) and of["single"] == ("reverse", "none")
 
 
-def test_settings_that_cannot_work():
+def test_settings_that_cannot_work(monkeypatch):
+    monkeypatch.setattr(stages, "is_gpt2", lambda name: True)  # out/p need not be there
     refused(lambda: Config(rollouts=100), "--rollouts=100 is not a multiple of --minibatch=64")
-    refused(lambda: Config(max_tokens=16), "--max_tokens=16 is out of range", "give 17 to 1024")
+    refused(lambda: Config(max_tokens=16), "--max_tokens=16 is out of range", "give 17 to 1048576")
     for names in ("sft,dpo", "sft,sft"):
         refused(lambda names=names: stages.stages(Config(baselines=names)), f"--baselines={names}", "once each")
     refused(lambda: Config(mix_alpha=1.5), "--mix_alpha=1.5 is out of range")
@@ -282,6 +284,7 @@ def test_settings_that_cannot_work():
 def test_which_models_are_fine_tuned_first(tmp_path, tiny_models, monkeypatch):
     """By what they are, whatever their folders are called; and a line says why, and which flag turns it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stages, "is_gpt2", lambda name: True)  # the hub is not asked
     save(random_gpt(), Path("gpt2"))  # saved by a trainer, under the name of a released model
     save(random_gpt(), Path("text"))
     Path("text/run.json").write_text('{"data": "mine.txt"}')
@@ -854,7 +857,7 @@ def test_a_process_that_dies_ends_the_run_and_another_number_goes_on(tiny_models
     """Begun by torchrun, and gone on with by one process."""
     rows = [dict(zip(("instruction", "input", "output"), row)) for row in world.instructions("valid")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "text.txt").write_text(f"\n{data.END}\n".join(world.text()))
+    (tmp_path / "text.txt").write_text(f"\n{END}\n".join(world.text()))
     settings = dict(steps=24, eval_every=4, data=tmp_path / "rows.jsonl", corpus=tmp_path / "text.txt")
     alone = lambda out, *more: distill.main(parse(Config, [*flags(out, tiny_models, **settings), *more],
                                                   distill.presets))
@@ -923,7 +926,8 @@ def trained_stages(work: stages.Stages) -> dict[str, supervised.Config]:
     return {name: settings for name, settings in stages.items() if settings}
 
 
-def test_phase_2_alone_takes_finished_models_as_they_are():
+def test_phase_2_alone_takes_finished_models_as_they_are(monkeypatch):
+    monkeypatch.setattr(stages, "is_gpt2", lambda name: True)  # the hub is not asked
     cfg = make(Config, dict(teacher="MiniLLM/teacher-gpt2-1.5B", student="MiniLLM/init-gpt2-120M"), distill.presets)
     work = stages.stages(cfg)
     assert work == stages.Stages(None, None, None, {}, cfg, work.decided) and "is taken as it is" in work.decided[0]

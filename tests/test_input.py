@@ -311,6 +311,6 @@ def test_two_lists_of_words_do_not_share_tokens(tmp_path):
     """The same words in another order: the file of tokens that one has made is not read by the other."""
     (tmp_path / "a.txt").write_text("one two two")
     words = ["one", " two"]
-    read = [data.load_corpus(str(tmp_path / "a.txt"), data.word_tokenizer(order), tmp_path / "corpus", CPU).tolist()
+    read = [data.load_corpus(str(tmp_path / "a.txt"), texts.word_tokenizer(order), tmp_path / "corpus", CPU).tolist()
             for order in (words, words[::-1])]
     assert read == [[0, 1, 1, 2], [1, 0, 0, 2]]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # import order, and the most lines of each file: what has been reached, which may only become less
 ORDER = {"config": 232, "world": 122, "model": 320, "data": 320, "sample": 323, "eval": 256, "teacher": 313,
          "distill": 500}
-FOLDERS = ("safe", "fast", "measure", "tools", "exercises", "reproduce")
+FOLDERS = ("safe", "families", "fast", "measure", "tools", "exercises", "reproduce")
 SOURCE = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path.read_text(encoding="utf-8")
           for pattern in ("*.py", *(f"{folder}/*.py" for folder in FOLDERS)) for path in sorted(ROOT.glob(pattern))}
 COMMANDS = ["data", "sample", "eval", "teacher", "distill", "measure.exposure", "measure.calibration", "measure.judge",
@@ -57,8 +57,8 @@ def test_lines_and_functions_are_short(name):
             assert node.end_lineno - node.lineno < 90, node.name
 
 
-def test_distill_has_forty_flags_at_most():
-    assert len(importlib.import_module("distill").Config.__dataclass_fields__) <= 40
+def test_distill_has_forty_two_flags_at_most():
+    assert len(importlib.import_module("distill").Config.__dataclass_fields__) <= 42
 
 
 def test_the_readme_is_short():
@@ -81,13 +81,14 @@ def imported(name: str) -> set[str]:
 
 @pytest.mark.parametrize("name", ORDER)
 def test_imports_point_one_way(name):
-    """And of the folders the root imports safe/, and where they are used the fast decoder and the plan."""
+    """And of the folders the root imports safe/, what picks a family, and in functions the fast decoder and the plan."""
     order = list(ORDER)
     assert imported(name) & set(ORDER) <= set(order[: order.index(name)])
     folders = {module.partition(".")[0] for module in imported(name)} & set(FOLDERS)
-    assert folders - {"safe"} <= {"sample": {"fast"}, "distill": {"fast", "tools"}}.get(name, set())
+    known = {"sample": {"fast"}, "distill": {"fast", "tools"}, "model": {"families"}, "data": {"families"}}
+    assert folders - {"safe"} <= known.get(name, set())
     at_the_top = [node for node in ast.parse(SOURCE[name]).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert not any(ast.unparse(node).split()[1].partition(".")[0] in FOLDERS[1:] for node in at_the_top)
+    assert not any(ast.unparse(node).split()[1].partition(".")[0] in FOLDERS[2:] for node in at_the_top)
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCE if name.startswith("safe.")])
@@ -96,8 +97,8 @@ def test_what_keeps_files_safe_knows_no_model(name):
 
 
 @pytest.mark.parametrize("name", SOURCE)
-def test_transformers_is_a_peer_only(name):
-    assert name == "tools.bench" or "transformers" not in imported(name)
+def test_transformers_is_a_peer_or_opens_other_families(name):
+    assert name in ("tools.bench", "families.causal") or "transformers" not in imported(name)
 
 
 @pytest.mark.parametrize("tag", HOME)

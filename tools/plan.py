@@ -124,7 +124,7 @@ def measure_layers(config: GPTConfig, m: Machine, rows: int, length: int, longes
     alone = replace(m, rank=0, world=1)
     steps, times = (32, 8) if m.device.type == "cuda" else (4, 2)  # a GPU's steps are short
     sample, ready = decoder(kind)
-    model = GPT(config).to(m.device)
+    model = (GPT(config) if isinstance(config, GPTConfig) else config.new()).to(m.device)
     light = ready(model, m.dtype)
     optimizer, scaler = supervised.optimizer_of(model, m, (0.9, 0.95), 0.0)
 
@@ -228,6 +228,8 @@ def frozen_bytes(config: GPTConfig, m: Machine, kind: str) -> int:
     """A model that is ready for decoding. The plain decoder has matrices in float32, of which
     autocast makes copies. The others have them in autocast's dtype, and the output embedding once
     more; on a CPU that is packed in float32 too."""
+    if not isinstance(config, GPTConfig):  # of another family, which is not packed
+        return config.parameters * m.dtype.itemsize
     embeddings = (config.vocab_size + config.n_positions) * config.n_embd
     head = config.vocab_size * config.n_embd
     if m.dtype == torch.float32:
@@ -265,7 +267,8 @@ def decode_bytes(configs: list[GPTConfig], m: Machine, rows: int, tokens: int) -
     """Key-value caches, and 40 bytes for each row and word of the vocabulary: log-probabilities in
     float32, and a distribution function in float64."""
     size = 4 if m.device.type == "cpu" else m.dtype.itemsize
-    width = sum(2 * config.n_layer * config.n_embd for config in configs)
+    width = sum(2 * config.n_layer * getattr(config, "kv_width", config.n_embd)
+                for config in configs)
     return rows * (tokens * width * size + 40 * configs[0].vocab_size)
 
 
@@ -323,16 +326,17 @@ class Draft:
         slow = self.m.device.type == "cpu" and config.n_embd > 256
         rows = min(self.cfg.micro_batch, 2) if slow else self.cfg.micro_batch
         length = max(2, round(self.lengths.tokens))
-        while config.n_embd not in self.costs:
+        alike = config.n_embd if isinstance(config, GPTConfig) else config.name
+        while alike not in self.costs:
             try:
                 cost = measure(config, self.m, rows, length, self.cfg.max_tokens,
                                self.cfg.one_model_decoder)
-                self.costs[config.n_embd] = cost
+                self.costs[alike] = cost
             except torch.cuda.OutOfMemoryError:  # the run will halve its micro-batch too
                 if rows == 1:
                     raise
                 rows //= 2
-        return self.costs[config.n_embd]
+        return self.costs[alike]
 
     def step(self, names: list[str]) -> float:
         """Seconds of a decoding step of these models."""
@@ -475,8 +479,9 @@ def first_of(work: stages.Stages, name: str) -> str:
 
 
 def tokenizer_of(work: stages.Stages, model: str) -> tiktoken.Encoding:
-    first = first_of(work, model)
-    return data.tokenizer_for(work.minillm.data) if is_shape(first) else data.load_tokenizer(first)
+    first, cfg = first_of(work, model), work.minillm
+    return (data.tokenizer_for(cfg.data) if is_shape(first)
+            else data.load_tokenizer(first, cfg.template))
 
 
 def shapes_of(work: stages.Stages, tokenizer: tiktoken.Encoding) -> dict[str, GPTConfig]:

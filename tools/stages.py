@@ -19,6 +19,7 @@ import eval as evaluation
 import sample as sampling
 import teacher as supervised
 from config import UserError, machine, make
+from families import is_gpt2
 from model import is_shape
 from safe import runs
 from safe.files import read_json, write_json, written_aside
@@ -60,10 +61,14 @@ def has_learned(name: str) -> tuple[bool, str]:
     if isinstance(trained_on, str):  # not data.is_text(), as a folder of text may be gone
         learned = is_file_of_rows(trained_on) or trained_on in ("tiny", *data.HUB_SETS)
         return learned, f"its run.json says that it learned {trained_on}"
+    repository = cached[1].replace("--", "/") if cached else name
+    if repository in AS_RELEASED and (cached or not folder.is_dir()):
+        return False, f"{repository} on the hub is as released"
+    if not is_gpt2(name):
+        chats = data.load_tokenizer(name).whole.chat_template is not None
+        return chats, f"its tokenizer has {'a' if chats else 'no'} chat template"
     if cached or not folder.is_dir():
-        repository = cached[1].replace("--", "/") if cached else name
-        released = repository in AS_RELEASED
-        return not released, f"{repository} on the hub is {'as' if released else 'not as'} released"
+        return True, f"{repository} on the hub is not as released"
     if "wte.weight" in tensor_names(weight_files(name)[0]):
         return False, "its weights have the names of those released"
     return True, "its weights have been saved by a trainer"
@@ -100,8 +105,8 @@ def stages(cfg: distill.Config) -> Stages:
     if not set(wanted) <= {"sft", "kd", "seqkd"} or len(wanted) > len(set(wanted)):
         raise UserError(f"--baselines={cfg.baselines}: give some of sft, kd, seqkd, once each")
     out, tiny = cfg.out, cfg.preset == "tiny"
-    same = ("data", "max_prompt_tokens", "max_tokens", "seed", "micro_batch", "sample_batch",
-            "recompute", "compile", "resume", "device", "dtype")
+    same = ("data", "template", "max_prompt_tokens", "max_tokens", "seed", "micro_batch",
+            "sample_batch", "recompute", "compile", "resume", "device", "dtype")
     common = {name: getattr(cfg, name) for name in same} | {"decoder": cfg.one_model_decoder}
 
     def training(name: str, **settings) -> supervised.Config:
@@ -134,7 +139,7 @@ def stages(cfg: distill.Config) -> Stages:
                 out=f"{out}/answers-{zlib.crc32(repr(asked).encode()):08x}.jsonl",
                 max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.response_tokens,
                 sample_batch=cfg.sample_batch, decoder=cfg.one_model_decoder, device=cfg.device,
-                dtype=cfg.dtype)
+                dtype=cfg.dtype, template=cfg.template)
             more = {"data": answers.out, "valid_data": cfg.data}
         if tiny:
             more["lr"] = TINY_RATES[name]
@@ -163,7 +168,7 @@ def evaluate(cfg: distill.Config) -> list[dict]:
             model=model, data=cfg.data, split=split, teacher=cfg.teacher, device=cfg.device,
             out=f"{out}/test/{method}", max_prompt_tokens=cfg.max_prompt_tokens,
             max_response_tokens=cfg.response_tokens, sample_batch=cfg.sample_batch,
-            decoder=cfg.one_model_decoder, dtype=cfg.dtype)
+            decoder=cfg.one_model_decoder, dtype=cfg.dtype, template=cfg.template)
         results = evaluation.main(settings, own=True)
         scores, sees = results["scores"], results["rouge_sees"]
         spread = {name: float(np.std(x, ddof=1)) for name, x in scores.items() if len(x) > 1}
