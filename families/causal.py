@@ -133,7 +133,7 @@ class Family(nn.Module):
 
     def ends(self, token: Tensor) -> Tensor:
         """Whether a token is one of the family's end tokens."""
-        return sum(token == end for end in self.config.ends).bool()
+        return torch.isin(token, torch.tensor(self.config.ends, device=token.device))
 
     def set_dropout(self, dropout: float) -> None:
         for part in self.modules():

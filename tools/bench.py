@@ -7,6 +7,8 @@ their ratio means much.
 
 Run:      python -m tools.bench --parts=sample_q,sample_mixed
           python -m tools.bench --against=transformers
+          python -m tools.bench --student=HuggingFaceTB/SmolLM2-135M --parts=sample_q --batch=16 \
+              --against=transformers              a model of another family, by its name or folder
           python -m tools.bench --parts=sample_q --decoder=fast --against=ctranslate2
           python -m tools.bench --parts=sample_mixed,update --response_tokens=64,128,256
 Peers:    transformers; ctranslate2, which only decodes; trl, whose MiniLLM trainer is gone from
@@ -21,10 +23,11 @@ import copy
 import importlib.util
 import json
 import multiprocessing
+import re
 import statistics
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -41,7 +44,8 @@ import teacher as supervised
 from config import Machine, UserError, check, flag, machine, run
 from data import Example, Row
 from eval import rouge_l
-from model import GPT, GPTConfig, is_shape
+from families import is_gpt2
+from model import GPT, GPTConfig, is_shape, load
 from safe.files import check_place
 from safe.runs import peak_gib
 from sample import decoder, uniforms
@@ -57,8 +61,9 @@ NEEDS = {"transformers": ["transformers"], "trl": ["trl==1.14.2"], "nanogpt": []
 @dataclass(frozen=True)
 class Config:
     parts: str = flag(",".join(PARTS), "what to time")
-    student: str = flag("12x12x768", "LAYERSxHEADSxWIDTH, with GPT-2's vocabulary; gpt2's shape")
-    teacher: str = flag("24x16x1024", "its shape: gpt2-medium's; gpt2-xl's is 48x25x1600")
+    student: str = flag("12x12x768", "LAYERSxHEADSxWIDTH, with GPT-2's vocabulary (gpt2's shape), "
+                                     "or the name of a model of another family")
+    teacher: str = flag("24x16x1024", "likewise: gpt2-medium's shape; gpt2-xl's is 48x25x1600")
     batch: int = flag(8, "answers that are decoded together, and answers of an update, B")
     micro_batch: int | None = flag(None, "answers of a forward pass in an update; default all")
     decoder: Literal["fast", "turns", "captured", "plain"] = flag(
@@ -90,9 +95,11 @@ class Config:
             if part not in PARTS:
                 raise UserError(f"--parts={self.parts}: {part!r} is none of {', '.join(PARTS)}")
         for name in (self.student, self.teacher):
-            if not is_shape(name):
-                raise UserError(f"{name!r} is no LAYERSxHEADSxWIDTH, such as 12x12x768")
-            shape_of(name)
+            if is_shape(name):
+                shape_of(name)
+            elif re.fullmatch(r"[\dx]+", name) or is_gpt2(name):
+                raise UserError(f"{name!r} is no LAYERSxHEADSxWIDTH, such as 12x12x768, which a "
+                                "GPT-2 is given as, and no model of another family")
         room = 1024 - self.prompt_tokens
         for length in self.response_tokens.split(","):
             if not length.isdecimal() or not 0 < int(length) <= room:
@@ -126,8 +133,8 @@ def shape_of(name: str) -> GPTConfig:
 
 
 def draw(count: int, length: int) -> list[list[int]]:
-    """Rows of random tokens from GPT-2's vocabulary, without its end token."""
-    return np.random.default_rng(0).integers(0, 50256, (count, length)).tolist()
+    """Rows of random tokens that GPT-2's vocabulary has, and LLaMA's, without the special ones."""
+    return np.random.default_rng(0).integers(3, 32000, (count, length)).tolist()
 
 
 # ---- ours ---------------------------------------------------------------------------------------
@@ -146,6 +153,10 @@ class Ours:
         self.samples = [Example(Row(""), sample[:1], sample[1:]) for sample in samples]
 
     def new(self, name: str) -> GPT:
+        if not is_shape(name):
+            model = load(name, self.m.device)
+            model.config = replace(model.config, ends=())
+            return model
         torch.manual_seed(0)
         with self.m.device:  # a CPU takes 15 s to draw GPT-2 XL
             model = GPT(shape_of(name))
@@ -300,7 +311,9 @@ class Transformers(Peer):
     the teacher again in the update."""
 
     def new(self, shape: str):
-        from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+        if not is_shape(shape):
+            return AutoModelForCausalLM.from_pretrained(shape, dtype=torch.float32).to(self.m.device)
         n_layer, n_head, n_embd = map(int, shape.split("x"))
         with self.m.device:
             return GPT2LMHeadModel(GPT2Config(
@@ -556,6 +569,8 @@ class Floor:
 
     def of(self, part: str) -> float | None:
         cfg = self.cfg
+        if not is_shape(cfg.student) or not is_shape(cfg.teacher) and part != "sample_q":
+            return None  # what other families must compute is not counted here
         match part:
             case "sample_q":
                 return self.decode(cfg.student)
@@ -654,7 +669,8 @@ def measure(cfg: Config, m: Machine, part: str, T: int, rate: float, bandwidth: 
             "batch": cfg.batch, "prompt_tokens": cfg.prompt_tokens, "response_tokens": T,
             "seconds": round(ours, 4),
             "tokens_per_second": round(tokens.get(part, cfg.batch * T) / ours, 1),
-            "share_of_floor": round(floor / ours, 3), "peak_gib": round(runs["ours"][-1][2], 2)}
+            "share_of_floor": None if floor is None else round(floor / ours, 3),
+            "peak_gib": round(runs["ours"][-1][2], 2)}
     if part in ("cycle", "collection"):
         of_part = {name: statistics.median(run[1][name] for run in runs["ours"])
                    for name in ("sample", "update")}
