@@ -169,8 +169,9 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def sum(self, *tensors: torch.Tensor) -> None:
-        for tensor in tensors if self.world > 1 else ():
-            dist.all_reduce(tensor)
+        for tensor in tensors:
+            if self.world > 1 and not hasattr(tensor, "full_tensor"):  # --shard has summed those
+                dist.all_reduce(tensor)
 
     def room(self, T: int, vocab_size: int) -> int:
         """How many rows of T positions have their logits at a time: 1 to sample_batch."""
@@ -199,8 +200,7 @@ class Machine:
 
 def machine(device: str = "auto", dtype: str = "auto", sample_batch: int = 64) -> Machine:
     """Picks a device and its fastest dtype, and joins the processes that torchrun has started."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):

@@ -209,6 +209,7 @@ class Config:
     decoder: Literal["fast", "turns", "captured", "plain"] = flag("fast", "see fast/decode.py")
     recompute: bool = flag(False, "make layers again in the backward pass, which saves memory")
     compile: bool = flag(False, "torch.compile the forward pass")
+    shard: bool = flag(False, "split the model in training over torchrun's processes")
     seed: int = flag(1, "seed of prompts, draws, order and new weights", 0, 2**62)
     device: str = flag("auto", "cpu, cuda, cuda:1 ...")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("float32", "autocast's dtype")
@@ -432,8 +433,7 @@ def distil(cfg: Config, stop: runs.Stop | None = None) -> dict:
     """Phase 2 as a run that is validated, saved and resumed. The result is a folder, OUT/minillm.
 
     After a signal it finishes the updates on the sampled answers, because these are not saved."""
-    m = machine(cfg.device, cfg.dtype, cfg.sample_batch)
-    out = Path(cfg.out) / "minillm"
+    m, out = machine(cfg.device, cfg.dtype, cfg.sample_batch), Path(cfg.out) / "minillm"
     if runs.begin(out, cfg, FREE, m):
         return read_json(out / "results.json")
     tokenizer = data.load_tokenizer(cfg.student, cfg.template)
@@ -443,7 +443,7 @@ def distil(cfg: Config, stop: runs.Stop | None = None) -> dict:
     valid = data.load_examples(cfg.data, "valid", tokenizer, *limits, m.say)
     corpus = data.load_pieces(cfg.corpus, tokenizer, out, cfg.max_tokens, m) if cfg.pt_coef else []
     # Dropout is off after load() and stays off: log q must be that of sampling.
-    student = supervised.trained(load(cfg.student, m.device), cfg.recompute, cfg.compile)
+    student = supervised.trained(load(cfg.student, m.device), cfg, m)
     draw, ready = decoder(cfg.one_model_decoder)
     teacher = ready(load(cfg.teacher, m.device, m.dtype), m.dtype).requires_grad_(False)
     optimizer, scaler = supervised.optimizer_of(student, m, (0.9, 0.95), 1e-6)

@@ -8,7 +8,7 @@ Run:      python teacher.py --model=gpt2-xl --out=out/teacher                   
           python teacher.py --model=gpt2 --data=out/answers.jsonl --valid_data=dolly --out=out/seqkd
           python teacher.py --model=4x4x128 --data=text.txt --updates=2000 --out=out/base  from text
 Shapes:   b rows of a micro-batch, T response tokens, D width, V vocabulary.
-Left out: the paper's search over learning rates (give --lr); LoRA; ZeRO and FSDP.
+Left out: the paper's search over learning rates (give --lr); LoRA.
 """
 
 import math
@@ -26,6 +26,7 @@ import data
 from config import Machine, UserError, check, flag, machine, run
 from data import Batch, Example
 from eval import evaluate, held_out_loss
+from families import adamw, clip_grad_norm, gathered, split
 from model import GPT, GPTConfig, is_shape, load, new, new_config, read_config, save
 from safe import runs
 from safe.files import check_place, read_json
@@ -54,6 +55,7 @@ class Config:
     sample_batch: int = flag(64, "answers decoded together in validation", 1)
     recompute: bool = flag(False, "make each layer again in the backward pass, to save memory")
     compile: bool = flag(False, "torch.compile the forward pass")
+    shard: bool = flag(False, "split the model in training over torchrun's processes")
     weight_decay: float = flag(0.01, "weight decay of AdamW", 0, 10)
     grad_clip: float = flag(1.0, "largest norm of the gradient", 1e-9)
     dropout: float | None = flag(None, "while training; default that of config.json", 0, 0.99)
@@ -144,20 +146,19 @@ def add_gradient(model: GPT, batch: Batch, divisor: float, m: Machine,
 
 # ---- optimizer and validation, for distill.py too ---------------------------------------------
 
-def trained(model: GPT, recompute: bool, compile: bool) -> GPT:
-    """The model, prepared for training. `compile` compiles the forward pass for any length."""
-    model.recompute = recompute
-    if compile:
+def trained(model: GPT, cfg, m: Machine) -> GPT:
+    """The model, prepared for training. --compile compiles the forward pass for any length."""
+    model.recompute = cfg.recompute
+    if cfg.compile:
         torch._dynamo.reset()  # versions that an earlier stage compiled count towards its limit
         model.compile(dynamic=True)
-    return model
+    return split(model, cfg, m)
 
 
 def optimizer_of(model: GPT, m: Machine, betas: tuple[float, float],
                  weight_decay: float) -> tuple[torch.optim.AdamW, torch.amp.GradScaler]:
     """AdamW over all weights, and the scaling of the loss, which float16 alone needs."""
-    optimizer = torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=weight_decay,
-                                  fused=True)
+    optimizer = adamw(model, betas=betas, weight_decay=weight_decay, fused=True)
     return optimizer, torch.amp.GradScaler(m.device.type, enabled=m.dtype == torch.float16)
 
 
@@ -182,7 +183,7 @@ def clip_gradient(model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.am
             p.grad = torch.zeros_like(p)
         m.sum(p.grad)
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest).item()
+    norm = clip_grad_norm(model, m, largest)
     if math.isfinite(norm):
         return norm
     if not scaler.is_enabled():
@@ -218,6 +219,7 @@ def keep_best(model: GPT, tokenizer: tiktoken.Encoding, out: Path, m: Machine, s
     sign = -1 if select == "loss" else 1
     if best is not None and select != "last" and sign * scores[select] < sign * best[select]:
         return best
+    model = gathered(model)
     if m.rank == 0:
         save(model, out)
         data.save_tokenizer(tokenizer, out)
@@ -249,8 +251,7 @@ def load_data(cfg: Config, tokenizer: tiktoken.Encoding, m: Machine) -> tuple[Se
 
 def train(cfg: Config, stop: runs.Stop) -> dict:
     """Trains a model on instructions or on plain text. The result is a model folder, --out."""
-    m = machine(cfg.device, cfg.dtype, cfg.sample_batch)
-    out = Path(cfg.out)
+    m, out = machine(cfg.device, cfg.dtype, cfg.sample_batch), Path(cfg.out)
     if runs.begin(out, cfg, FREE, m):
         return read_json(out / "results.json")
     is_new = is_shape(cfg.model)
@@ -264,7 +265,7 @@ def train(cfg: Config, stop: runs.Stop) -> dict:
         data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher, cfg.template))
     examples, valid = load_data(cfg, tokenizer, m)
     model = new(config, cfg.seed).to(m.device) if is_new else load(cfg.model, m.device)
-    model = trained(model, cfg.recompute, cfg.compile)
+    model = trained(model, cfg, m)
     if cfg.dropout is not None:
         model.set_dropout(cfg.dropout)
     draw, ready = decoder(cfg.decoder)
@@ -300,8 +301,7 @@ def train(cfg: Config, stop: runs.Stop) -> dict:
         run.log({"step": step, "loss": loss / tokens, "gold_loss": gold_loss / tokens, "lr": rate,
                  "grad_norm": norm})
         if step in eval_steps:
-            q = ready(model.eval(), m.dtype)
-            T = cfg.max_tokens - cfg.max_prompt_tokens
+            q, T = ready(model.eval(), m.dtype), cfg.max_tokens - cfg.max_prompt_tokens
             scores, answers = validate(q, tokenizer, valid, m, draw, T, teacher)
             run.log_validation(step, scores, answers[:1])
             best = keep_best(model, tokenizer, out, m, select, scores | {"step": step}, best)

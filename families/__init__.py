@@ -1,6 +1,9 @@
-"""Models of other families, which `transformers` opens, behind the interface of model.GPT."""
+"""Models of other families, which `transformers` opens, behind the interface of model.GPT, and
+models in training that are split over processes. What is rare is imported where it is used."""
 
 import functools
+
+import torch
 
 from safe.files import read_json
 from safe.hub import require
@@ -24,3 +27,34 @@ def or_family(of_gpt2):
         from families import causal  # which needs `transformers`
         return getattr(causal, of_gpt2.__name__)(first, *given, **named)
     return pick
+
+
+def split(model, cfg, m):
+    """The model, split over the processes under --shard."""
+    if not getattr(cfg, "shard", False):
+        return model
+    from families.sharded import shard
+    return shard(model, cfg, m)
+
+
+def gathered(model, dtype: torch.dtype | None = None):
+    """The model itself, or of one that is split a whole copy."""
+    if not hasattr(model, "skeleton"):
+        return model
+    from families import sharded
+    return sharded.gathered(model, dtype)
+
+
+def adamw(model, **given) -> torch.optim.AdamW:
+    if not hasattr(model, "skeleton"):
+        return torch.optim.AdamW(model.parameters(), **given)
+    from families import sharded
+    return sharded.adamw(model, **given)
+
+
+def clip_grad_norm(model, m, largest: float) -> float:
+    """Clips the norm of the gradients, which m.sum() has summed. Returns what it was."""
+    if not hasattr(model, "skeleton"):
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), largest).item()
+    from families import sharded
+    return sharded.clip_grad_norm(model, m, largest)

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError
+from families import gathered
 from safe.files import read_json, written_aside
 from safe.hub import fetch, require, weight_files
 
@@ -253,6 +254,7 @@ def load(name: str, device: torch.device | str = "cpu", dtype=torch.float32) -> 
 def frozen(model: Family, dtype: torch.dtype) -> Family:
     """For inference: the model itself in float32, else a copy whose linear maps are in `dtype`, so
     that autocast need not cast them at each call. All else is shared with the model."""
+    model = gathered(model, dtype)
     if dtype == torch.float32:
         return model
     memo = {id(p): p for p in model.parameters()}

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from families import or_family
+from families import gathered, or_family
 from model import GPT, Block, KVCache
 
 
@@ -100,6 +100,7 @@ class Packed(Frozen):
 def frozen(model: GPT, dtype: torch.dtype) -> GPT:
     """A copy for inference. Its linear maps are in `dtype`, so that autocast need not cast them at
     each call, and packed on a CPU. All else is shared with the model."""
+    model = gathered(model, dtype)
     device = model.wte.weight.device.type
     wide = model.config.n_embd >= 256  # below, a call of PackedLinear costs more than it saves
     packed = wide and device == "cpu" and packs(dtype)

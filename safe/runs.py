@@ -331,17 +331,23 @@ class Run:
     def save(self, step: int, best: dict | None, due: bool) -> None:
         """Saves the state if it is due, or if a signal has come, after which the run ends."""
         stopped = bool(self.stop and self.stop.asked(self.m))
-        if (due or stopped) and self.m.rank == 0:
-            save_state(self.out, *self.trained, step, best)
+        if due or stopped:
+            self.write(step, best)
         if stopped:
             message = f"{self.out}: stopped and saved after update {step}; --resume goes on"
             self.stop.end(self.m, message)
 
+    def write(self, step: int, best: dict | None) -> None:
+        if self.m.rank == 0:
+            save_state(self.out, *self.trained, step, best)
+        elif hasattr(self.trained[0], "skeleton"):  # --shard: each process gives its part
+            for part in self.trained[:2]:
+                part.state_dict()
+
     def finish(self, step: int, best: dict | None) -> dict:
         if self.stop:
             self.stop.asked(self.m)  # a signal that one process has had stops all of them
-        if self.m.rank == 0:
-            save_state(self.out, *self.trained, step, best)
+        self.write(step, best)
         return finish(self.out, self.m, {"best": best})
 
 

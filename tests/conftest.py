@@ -15,7 +15,7 @@ import distill
 import world
 from config import Machine, UserError, make
 from model import GPT, GPTConfig, load, new, new_config, save
-from safe import runs
+from safe import runs, texts
 
 collect_ignore = []
 asked_for = [word.partition("::")[0] for word in sys.argv if word[:1] != "-"]

@@ -764,9 +764,9 @@ def test_a_validation_comes_with_the_collection_that_reaches_it(distill_config, 
 
 def test_flags_of_speed_reach_what_they_set(distill_config, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(supervised, "trained", lambda model, *settings: seen.append(settings) or model)
+    monkeypatch.setattr(supervised, "split", lambda model, *given: seen.append(model.recompute) or model)
     distill.distil(distill_config(steps=1, recompute=True))
-    assert seen == [(True, False)]
+    assert seen == [True]
     on_a_cpu = distill_config(decoder="captured", out=str(tmp_path / "captured"))
     refused(lambda: distill.distil(on_a_cpu), "--decoder=captured", "--decoder=fast")
 

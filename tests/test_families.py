@@ -2,23 +2,32 @@
 
 import copy
 import dataclasses
+import importlib
 import json
 import math
+import multiprocessing
+import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import CPU, random_gpt, refused
+from safetensors.torch import load_file
 
+import config
 import data
 import distill
+import families
 import fast.decode
 import sample as sampling
 from config import make
 from model import load, read_config, save
 from safe import texts
+from tools import stages
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -259,9 +268,9 @@ def test_what_cannot_be_read_is_refused_in_one_line(folders, its_tokenizer, tmp_
         return str(path)
 
     t = transformers
-    for name, config in (("gemma2", t.Gemma2Config(**GROUPED, head_dim=8, layer_types=["full_attention"] * 2)),
-                         ("granite", t.GraniteConfig(**GROUPED, logits_scaling=4.0)), ("phi", t.PhiConfig(**SHAPE))):
-        path = folder(name, config=config)
+    for name, shape in (("gemma2", t.Gemma2Config(**GROUPED, head_dim=8, layer_types=["full_attention"] * 2)),
+                        ("granite", t.GraniteConfig(**GROUPED, logits_scaling=4.0)), ("phi", t.PhiConfig(**SHAPE))):
+        path = folder(name, config=shape)
         refused(lambda path=path: load(path), f"type {name}")
     path = folder("mistral", config=t.MistralConfig(**GROUPED, sliding_window=64))
     refused(lambda: read_config(path), "type mistral", "window of 64")
@@ -349,3 +358,99 @@ def test_a_run_from_first_to_last_and_gone_on_with(kind, folders, few_rows, tmp_
                                                      resume=resume), distill.presets))
     weights = [(tmp_path / name / "minillm" / "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert weights[0] == weights[1]
+
+
+# ---- --shard --------------------------------------------------------------------------------------------------------
+
+def a_process(script: str, rank: int, world: int, meet: str, argv: list[str]) -> None:
+    """The command, as one of so many processes: what torchrun starts, but for the imports and a free port."""
+    module = importlib.import_module(script)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    sys.argv[:] = [f"{script}.py", *argv]
+    join = torch.distributed.init_process_group
+    config.dist.init_process_group = partial(join, init_method=f"file://{meet}", rank=rank, world_size=world)
+    config.run(module.main, module.Config, module.presets)
+
+
+def launched(script: str, count: int, meet: Path, **settings) -> list[int]:
+    fork = multiprocessing.get_context("fork")
+    argv = [f"--{name}={value}" for name, value in settings.items()]
+    processes = [fork.Process(target=a_process, args=(script, rank, count, str(meet), argv), daemon=True)
+                 for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def alike(one: Path, other: Path) -> None:
+    """The same losses and gradients in each update, and the same weights at the end, up to rounding."""
+    logs = [[json.loads(line) for line in open(folder / "log.jsonl")] for folder in (one, other)]
+    for a, b in zip(*logs, strict=True):
+        for name in ("loss", "loss_single", "loss_long", "loss_pt", "grad_norm"):
+            if name in a:
+                assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-6), name
+    a, b = weights_of(one), weights_of(other)
+    assert a.keys() == b.keys()  # AdamW makes whole steps of rounding where a gradient is 0, as of a bias of keys
+    apart, size = (sum(t.square().sum() for t in tensors) for tensors in ([a[n] - b[n] for n in a], a.values()))
+    assert apart < 1e-8 * size
+
+
+@pytest.mark.parametrize("kind", ["llama, tied", "opt", "gpt2"])
+def test_a_sharded_run_is_the_unsharded_one(kind, folders, few_rows, tiny_models, tmp_path, monkeypatch):
+    """On two processes of gloo, recomputing, stopped and gone on with: phase 2, and a supervised stage."""
+    monkeypatch.setattr(stages.evaluation, "Config", partial(stages.evaluation.Config, seeds=1))
+    teacher, student = (folders(kind, 1), folders(kind)) if kind != "gpt2" else (
+        tiny_models["teacher"], tiny_models["student"])
+    limits = (110, 155) if kind != "gpt2" else (16, 44)
+    common = dict(data="tiny", max_prompt_tokens=limits[0], max_tokens=limits[1], micro_batch=1, sample_batch=8,
+                  lr=1e-3, device="cpu", dtype="float32", recompute=True)
+    few = common | dict(preset="tiny", teacher=teacher, student=student, finetune="none", baselines="", rollouts=8,
+                        minibatch=4, inner_epochs=1, eval_every=2, pt_coef=0.5, plan="off")
+    run = lambda name, count, **more: launched("distill", count, tmp_path / f"meet-{name}-{len(more)}-{more}"[:200],
+                                               **few | more | dict(out=tmp_path / name))
+    assert run("one", 1, steps=4) == [0]
+    assert run("two", 2, steps=2, shard=True) == [0, 0]
+    assert run("two", 2, steps=4, shard=True, resume=True) == [0, 0]
+    alike(tmp_path / "one" / "minillm", tmp_path / "two" / "minillm")
+    few = common | dict(model=student, batch_size=4, updates=3, evals=1, weight_decay=0.1, dropout=0.0)
+    for name, count, more in (("sft-1", 1, {}), ("sft-2", 2, {"shard": True})):
+        more |= dict(out=tmp_path / name)
+        assert launched("teacher", count, tmp_path / f"meet-{name}", **few | more) == [0] * count
+    alike(tmp_path / "sft-1", tmp_path / "sft-2")
+    assert run("two", 1, steps=4, resume=True) == [2]  # a sharded run goes on sharded
+
+
+def part_of(rank: int, meet: str, folder: str, held: multiprocessing.Queue) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+    m = dataclasses.replace(CPU, rank=rank, world=2)
+    cfg = SimpleNamespace(shard=True, minibatch=4, compile=False, decoder="fast")
+    model, untouched = families.split(load(folder), cfg, m), load(folder)
+    count = sum(p.to_local().numel() if hasattr(p, "full_tensor") else p.numel() for p in model.parameters())
+    layers = sum(p.numel() for layer in untouched.layers() for p in layer.parameters())
+    same = all(torch.equal(a, b) for a, b in zip(families.gathered(model).parameters(), untouched.parameters()))
+    held.put((count, sum(p.numel() for p in untouched.parameters()) - layers // 2, same))
+
+
+def test_each_process_holds_a_part_of_the_layers(folders, tmp_path):
+    fork = multiprocessing.get_context("fork")
+    held, folder = fork.Queue(), folders("llama")
+    for rank in range(2):
+        fork.Process(target=part_of, args=(rank, str(tmp_path / "meet"), folder, held), daemon=True).start()
+    for count, want, same in (held.get(timeout=60), held.get(timeout=60)):
+        assert count == want and same
+
+
+def test_what_shard_cannot_do_is_told(folders):
+    model, two = load(folders("llama")), dataclasses.replace(CPU, world=2)
+    given = lambda **more: SimpleNamespace(**dict(shard=True, minibatch=4, compile=False, decoder="fast") | more)
+    refused(lambda: families.split(model, given(), CPU), "--shard", "torchrun")
+    refused(lambda: families.split(model, given(minibatch=5), two), "--shard", "5 answers", "2 processes")
+    for more in (dict(compile=True), dict(decoder="plain")):
+        refused(lambda more=more: families.split(model, given(**more), two), "--compile", "--decoder=plain")

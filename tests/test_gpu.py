@@ -102,9 +102,10 @@ def test_what_it_notes_in_few_bits_is_what_one_pass_finds(dtype, way):
 
 def after_an_update(m, recompute, rollout, monkeypatch):
     """What the supervised loss, and then an update of Eq. (7) by plain gradient descent, do to the weights."""
+    # a ratio may lie at an edge of a clip
     cfg = distill.Config(clip_eps=math.inf, lr=1.0, steps=1, rollouts=5, minibatch=5, inner_epochs=1, pt_coef=0.0,
-                         max_prompt_tokens=120, max_tokens=180, micro_batch=2)  # a ratio may lie at an edge of a clip
-    student, teacher = supervised.trained(gpt(2, m.device), recompute, compile=False), models(m.device, m.dtype)[1]
+                         max_prompt_tokens=120, max_tokens=180, micro_batch=2, recompute=recompute)
+    student, teacher = supervised.trained(gpt(2, m.device), cfg, m), models(m.device, m.dtype)[1]
     examples = [Example(Row(""), prompt[:5], [4, 3, 2, 79]) for prompt in PROMPTS]
     moved = {name: value.to(m.device) for name, value in vars(rollout).items() if isinstance(value, torch.Tensor)}
     monkeypatch.setattr(distill, "collect", lambda *given: dataclasses.replace(rollout, **moved))

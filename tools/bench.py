@@ -7,8 +7,7 @@ their ratio means much.
 
 Run:      python -m tools.bench --parts=sample_q,sample_mixed
           python -m tools.bench --against=transformers
-          python -m tools.bench --student=HuggingFaceTB/SmolLM2-135M --parts=sample_q --batch=16 \
-              --against=transformers              a model of another family, by its name or folder
+          python -m tools.bench --parts=sample_q --student=Qwen/Qwen3-0.6B --against=transformers
           python -m tools.bench --parts=sample_q --decoder=fast --against=ctranslate2
           python -m tools.bench --parts=sample_mixed,update --response_tokens=64,128,256
 Peers:    transformers; ctranslate2, which only decodes; trl, whose MiniLLM trainer is gone from
@@ -23,7 +22,6 @@ import copy
 import importlib.util
 import json
 import multiprocessing
-import re
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -97,9 +95,9 @@ class Config:
         for name in (self.student, self.teacher):
             if is_shape(name):
                 shape_of(name)
-            elif re.fullmatch(r"[\dx]+", name) or is_gpt2(name):
-                raise UserError(f"{name!r} is no LAYERSxHEADSxWIDTH, such as 12x12x768, which a "
-                                "GPT-2 is given as, and no model of another family")
+            elif "/" not in name or is_gpt2(name):
+                raise UserError(f"{name!r} is no LAYERSxHEADSxWIDTH, such as 12x12x768, as which a "
+                                "GPT-2 is given, and no model of another family")
         room = 1024 - self.prompt_tokens
         for length in self.response_tokens.split(","):
             if not length.isdecimal() or not 0 < int(length) <= room:
@@ -171,7 +169,7 @@ class Ours:
 
     @cached_property
     def student(self) -> GPT:
-        return supervised.trained(self.new(self.cfg.student), self.cfg.recompute, self.cfg.compile)
+        return supervised.trained(self.new(self.cfg.student), self.cfg, self.m)
 
     @cached_property
     def q(self) -> GPT:
@@ -313,7 +311,8 @@ class Transformers(Peer):
     def new(self, shape: str):
         from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
         if not is_shape(shape):
-            return AutoModelForCausalLM.from_pretrained(shape, dtype=torch.float32).to(self.m.device)
+            model = AutoModelForCausalLM.from_pretrained(shape, dtype=torch.float32)
+            return model.to(self.m.device)
         n_layer, n_head, n_embd = map(int, shape.split("x"))
         with self.m.device:
             return GPT2LMHeadModel(GPT2Config(
@@ -569,7 +568,7 @@ class Floor:
 
     def of(self, part: str) -> float | None:
         cfg = self.cfg
-        if not is_shape(cfg.student) or not is_shape(cfg.teacher) and part != "sample_q":
+        if not is_shape(cfg.student) or (not is_shape(cfg.teacher) and part != "sample_q"):
             return None  # what other families must compute is not counted here
         match part:
             case "sample_q":

@@ -106,7 +106,7 @@ def stages(cfg: distill.Config) -> Stages:
         raise UserError(f"--baselines={cfg.baselines}: give some of sft, kd, seqkd, once each")
     out, tiny = cfg.out, cfg.preset == "tiny"
     same = ("data", "template", "max_prompt_tokens", "max_tokens", "seed", "micro_batch",
-            "sample_batch", "recompute", "compile", "resume", "device", "dtype")
+            "sample_batch", "recompute", "compile", "shard", "resume", "device", "dtype")
     common = {name: getattr(cfg, name) for name in same} | {"decoder": cfg.one_model_decoder}
 
     def training(name: str, **settings) -> supervised.Config:
