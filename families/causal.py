@@ -43,6 +43,7 @@ class FamilyConfig:
     ends: tuple[int, ...]  # the end tokens; training has the first of them
     parameters: int
     kv_width: int = 0  # of a token's keys, and of its values, in a layer
+    in_layers: int = 0  # parameters that --shard splits
 
     def new(self) -> "Family":
         """Random weights in this shape, of which the plan measures what they cost."""
@@ -65,6 +66,11 @@ class Cache:
         self.kept.batch_select_indices(rows)
 
 
+def layers_of(whole: nn.Module) -> list[nn.Module]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    return [part for part in whole.modules() if isinstance(part, GradientCheckpointingLayer)]
+
+
 class Family(nn.Module):
     """A model of `transformers` with the methods of model.GPT."""
     new_cache = Cache
@@ -85,8 +91,7 @@ class Family(nn.Module):
         return self.whole.base_model
 
     def layers(self) -> list[nn.Module]:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-        return [part for part in self.modules() if isinstance(part, GradientCheckpointingLayer)]
+        return layers_of(self.whole)
 
     def recomputing(self, forward):
         """Like `forward`, but it is run again in the backward pass if `recompute` is set, also in
@@ -220,7 +225,8 @@ def read_config(name: str) -> FamilyConfig:
     return FamilyConfig(name, config.model_type, config.num_hidden_layers,
                         config.num_attention_heads, width, tokenizer.n_vocab,
                         config.max_position_embeddings, tokenizer.ends, whole.num_parameters(),
-                        kv_width(config))
+                        kv_width(config), sum(p.numel() for layer in layers_of(whole)
+                                              for p in layer.parameters()))
 
 
 def load(name: str, device: torch.device | str = "cpu", dtype=torch.float32) -> Family:

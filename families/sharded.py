@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,9 +25,13 @@ from config import Machine, UserError
 from model import GPT
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, for which every process has to call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole(tensor: Tensor, to_save: bool = False) -> Tensor:
+    """All of a tensor, for which every process has to call this. What is to be saved comes into the
+    first process's main memory, and into no other's."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if to_save:
+        return full.to("cpu" if dist.get_rank() == 0 else "meta")
+    return full
 
 
 def split_like(tensor: Tensor, model: DTensor) -> DTensor:
@@ -62,7 +67,7 @@ def shard(model: nn.Module, cfg, m: Machine) -> nn.Module:
 
     def give(model, state: dict, prefix: str, *_) -> None:
         for name in list(state):
-            state[name] = whole(state[name])
+            state[name] = whole(state[name], to_save=True)
 
     def take(model, state: dict, *_) -> None:
         for name, p in model.named_parameters():
@@ -76,10 +81,11 @@ def shard(model: nn.Module, cfg, m: Machine) -> nn.Module:
 
 
 def gathered(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A whole copy of a sharded model, its matrices in `dtype`. Every process calls this."""
+    """A whole copy of a sharded model, its matrices in `dtype`; without one, to be saved. Every
+    process calls this."""
     def of(empty: nn.Parameter) -> Tensor:
         p = parameters[id(empty)]
-        full = whole(p.detach())
+        full = whole(p.detach(), to_save=dtype is None)
         return full.to(dtype) if dtype and isinstance(p, DTensor) and p.dim() == 2 else full
 
     skeleton, = model.skeleton
@@ -98,7 +104,7 @@ def adamw(model: nn.Module, **given) -> torch.optim.AdamW:
         optimizer.param_groups[1]["lr"] = optimizer.param_groups[0]["lr"]
 
     def give(optimizer, state: dict) -> dict:
-        moments = {i: {name: whole(value) for name, value in of_one.items()}
+        moments = {i: {name: whole(value, to_save=True) for name, value in of_one.items()}
                    for i, of_one in state["state"].items()}
         return state | {"state": moments}
 

@@ -434,7 +434,8 @@ def part_of(rank: int, meet: str, folder: str, held: multiprocessing.Queue) -> N
     model, untouched = families.split(load(folder), cfg, m), load(folder)
     count = sum(p.to_local().numel() if hasattr(p, "full_tensor") else p.numel() for p in model.parameters())
     layers = sum(p.numel() for layer in untouched.layers() for p in layer.parameters())
-    same = all(torch.equal(a, b) for a, b in zip(families.gathered(model).parameters(), untouched.parameters()))
+    same = all(torch.equal(a, b) for a, b in zip(families.gathered(model, torch.float32).parameters(),
+                                                   untouched.parameters()))
     held.put((count, sum(p.numel() for p in untouched.parameters()) - layers // 2, same))
 
 

@@ -6,6 +6,7 @@ layers of a model, the lengths of the data and the number of devices are extrapo
 Paper:    none; arXiv 2306.08543v4 gives neither minutes nor gigabytes for GPT-2.
 Run:      python distill.py --teacher=gpt2-xl --plan=only     the stages of a run
           python -m tools.plan                                phase 2 for each pair of GPT-2s
+          python -m tools.plan --pairs=opt                    memory of the paper's; also llama
 Left out: downloads; answers that end early, so the time to decode is an upper bound.
 """
 
@@ -28,6 +29,7 @@ import teacher as supervised
 from config import Machine, UserError, flag, machine, make, run
 from config import check as check_ranges
 from data import Example, Row
+from families.causal import FamilyConfig
 from model import GPT, GPTConfig, is_shape, load, new_config, read_config
 from safe import runs, texts
 from safe.rows import is_file_of_rows
@@ -39,7 +41,7 @@ from tools import stages
 # with the KL to a teacher besides, and of Eq. (7).
 GOLD, KD, MINILLM = 3, 5, 6
 # A CPU's allocator leaves holes between tensors: memory taken over memory held, in real updates.
-HOLES, HOLES_FLOAT32 = 3, 2
+HOLES, HOLES_FLOAT32, HOLES_FAMILY = 3, 2, 2
 GROUPS = 4  # whose answers share turns: the default of fast.decode.turns
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # The files of a control group's memory limit and of its use, and in memory.stat what is a cache.
@@ -251,9 +253,21 @@ def update_bytes(config: GPTConfig, cost: Measured, m: Machine, rows: int, token
     held = rows * tokens * layers + 4 * config.vocab_size * config.n_embd + logits
     if m.dtype != torch.float32:
         held += 2 * config.parameters
-    if m.device.type == "cpu":
+    if m.device.type == "cpu" and not isinstance(config, GPTConfig):
+        held *= HOLES_FAMILY
+    elif m.device.type == "cpu":
         held *= HOLES_FLOAT32 if m.dtype == torch.float32 else HOLES
     return held
+
+
+def trained_bytes(config: GPTConfig, shard: bool, m: Machine) -> float:
+    """Weights in float32, their gradients and AdamW's moments; with --shard this process's part of
+    those in layers, and one layer whole with its gradient."""
+    if not shard:
+        return 16 * config.parameters
+    embeddings = (config.vocab_size + getattr(config, "n_positions", 0)) * config.n_embd
+    split = getattr(config, "in_layers", 0) or config.parameters - embeddings
+    return 16 * (config.parameters - split + split / m.world) + 8 * split / config.n_layer
 
 
 def logits_bytes(copies: int, config: GPTConfig, m: Machine, rows: int, predicted: int) -> int:
@@ -326,7 +340,7 @@ class Draft:
         slow = self.m.device.type == "cpu" and config.n_embd > 256
         rows = min(self.cfg.micro_batch, 2) if slow else self.cfg.micro_batch
         length = max(2, round(self.lengths.tokens))
-        alike = config.n_embd if isinstance(config, GPTConfig) else config.name
+        alike = config.n_embd if isinstance(config, GPTConfig) else config.name or name
         while alike not in self.costs:
             try:
                 cost = measure(config, self.m, rows, length, self.cfg.max_tokens,
@@ -382,7 +396,7 @@ class Draft:
         time = cost.train(config.n_layer, samples, tokens, answer, s.recompute)
         time += updates * cost.update(config.n_layer)
         time += self.compare(names, self.lengths.valid, evals)
-        size = 16 * config.parameters
+        size = trained_bytes(config, s.shard, m)
         logits = logits_bytes(KD if s.teacher else GOLD, config, m, s.micro_batch,
                               s.max_tokens)
         size += update_bytes(config, cost, m, s.micro_batch, s.max_tokens, logits, s.recompute)
@@ -423,7 +437,7 @@ class Draft:
             time += self.read(cfg.teacher, samples, cfg.max_tokens, cfg.max_tokens)
 
         rows = math.ceil(cfg.rollouts / m.world)
-        size = 16 * student.parameters
+        size = trained_bytes(student, cfg.shard, m)
         size += frozen_bytes(student, m, cfg.decoder) + frozen_bytes(teacher, m, cfg.decoder)
         size += rows * longest * (teacher.n_embd * m.dtype.itemsize + 40)  # the rollout
         decoding = decode_bytes([student, teacher], m, min(rows, m.sample_batch), cfg.max_tokens)
@@ -574,8 +588,27 @@ GPT2S = {"gpt2": GPTConfig(), "gpt2-medium": GPTConfig(24, 16, 1024),
 DEVICES = (1, 2, 4, 8)
 
 
+def large(D: int, layers: int, vocab: int, parameters: int, activations: int) -> dict:
+    """A model of the paper that is not read here: its shape, and the bytes of activations of a
+    token in a layer, which are so many times its width in small models of its family."""
+    return dict(shape=FamilyConfig("", "", layers, 1, D, vocab, 2048, (), parameters, D,
+                                   12 * layers * D**2), activations=activations * D)
+
+
+# (teacher, student) of the paper's Table 1
+PAIRS = {"opt": [("opt-13b", "opt-1.3b"), ("opt-13b", "opt-2.7b"), ("opt-13b", "opt-6.7b")],
+         "llama": [("llama-13b", "llama-7b")]}
+LARGE = {"opt-1.3b": large(2048, 24, 50272, 1_315_758_080, 33),
+         "opt-2.7b": large(2560, 32, 50272, 2_651_596_800, 33),
+         "opt-6.7b": large(4096, 32, 50272, 6_658_473_984, 33),
+         "opt-13b": large(5120, 40, 50272, 12_853_473_280, 33),
+         "llama-7b": large(4096, 32, 32000, 6_738_415_616, 56),
+         "llama-13b": large(5120, 40, 32000, 13_015_864_320, 56)}
+
+
 @dataclass(frozen=True)
 class Config:
+    pairs: Literal["gpt2", "opt", "llama"] = flag("gpt2", "whose; of opt and llama memory only")
     prompt_tokens: int = flag(71, "mean length of a prompt; Dolly's")
     response_tokens: int = flag(68, "mean length of an answer; Dolly's")
     steps: int = flag(distill.PAPER["steps"], "updates of phase 2")
@@ -591,9 +624,36 @@ class Config:
                      micro_batch=(1, 10**6), sample_batch=(1, 10**6))
 
 
+def estimate(cfg: Config) -> dict[tuple[str, str], list[float]]:
+    """Prints the memory that phase 2 takes of each of several GPUs for the paper's larger pairs, by
+    formula: nothing is loaded or measured. Returns the bytes, by teacher and student."""
+    gpu = Machine(torch.device("cuda"), torch.bfloat16, 0, 1, cfg.sample_batch, int(5.2e7))
+    shapes = {name: model["shape"] for name, model in LARGE.items()}
+    costs = {name: Measured(0, 0, 0, model["activations"], 0, 0, 0, 0)
+             for name, model in LARGE.items()}
+    lengths = Lengths(cfg.prompt_tokens, cfg.response_tokens, 11_237, 1000, 500)
+    print("phase 2, estimated memory of each GPU in bfloat16, GiB; nothing was measured\n"
+          f"  {'teacher':12}{'student':12}{'':22}" + "".join(f"{n:>8}" for n in DEVICES))
+    found = {}
+    for teacher, student in PAIRS[cfg.pairs]:
+        for more in ("", "--recompute", "--shard", "--shard --recompute"):
+            minillm = make(distill.Config, dict(
+                preset="paper", teacher=teacher, student=student, micro_batch=cfg.micro_batch,
+                sample_batch=cfg.sample_batch, recompute="recompute" in more,
+                shard="shard" in more), distill.presets)
+            work = stages.Stages(None, None, None, {}, minillm)
+            drafts = (Draft(work, replace(gpu, world=n), lengths, shapes, costs) for n in DEVICES)
+            found[teacher, student, more] = [draft.minillm().bytes for draft in drafts]
+            cells = "".join(f"{x / 2**30:8.0f}" for x in found[teacher, student, more])
+            print(f"  {teacher:12}{student:12}{more:22}{cells}")
+    return found
+
+
 def main(cfg: Config) -> dict[tuple[str, str], list[Line]]:
     """Prints memory and time of phase 2 for every GPT-2 with every teacher of its size or more, on
     several numbers of devices like this one. Returns the lines, by teacher and student."""
+    if cfg.pairs != "gpt2":
+        return estimate(cfg)
     m = machine(cfg.device, cfg.dtype, cfg.sample_batch)
     m.say(f"phase 2, {cfg.steps:,} updates, memory of a device and time, on 1 to 8 devices like "
           f"this one: {m.device} in {str(m.dtype)[6:]}")
