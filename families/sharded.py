@@ -6,7 +6,7 @@ whole copies in autocast's dtype: processes that decode take different numbers o
 not wait for each other's parts at each of them.
 
 Paper:    none; the released code splits OPT 6.7B and LLaMA 7B by tensor parallelism.
-Run:      torchrun --nproc_per_node=8 distill.py --teacher=Qwen/Qwen3-8B --student=Qwen/Qwen3-4B --shard
+Run:      torchrun --nproc_per_node=8 teacher.py --model=Qwen/Qwen3-8B --out=out/teacher --shard
 Left out: a split teacher; --dtype=float16, whose scaling looks at each part alone; --compile.
 """
 

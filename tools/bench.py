@@ -95,7 +95,7 @@ class Config:
         for name in (self.student, self.teacher):
             if is_shape(name):
                 shape_of(name)
-            elif "/" not in name or is_gpt2(name):
+            elif "/" not in name:
                 raise UserError(f"{name!r} is no LAYERSxHEADSxWIDTH, such as 12x12x768, as which a "
                                 "GPT-2 is given, and no model of another family")
         room = 1024 - self.prompt_tokens
@@ -718,6 +718,9 @@ def check_peer(cfg: Config, m: Machine) -> None:
 
 def main(cfg: Config) -> list[dict]:
     m = machine(cfg.device, cfg.dtype, cfg.batch)
+    for name in {cfg.student, cfg.teacher}:
+        if not is_shape(name) and is_gpt2(name):
+            raise UserError(f"{name} is a GPT-2: give its shape, such as 12x12x768")
     check_peer(cfg, m)
     rate, bandwidth = measure_machine(m)
     print(json.dumps({"device": str(m.device), "threads": torch.get_num_threads(),
