@@ -210,6 +210,8 @@ def captured(student: GPT, prompts: list[list[int]], uniform: Tensor, m: Machine
     if m.device.type != "cuda" or adjust:
         raise UserError("--decoder=captured replays the steps of a GPU, and can change nothing "
                         "between two of them: take --decoder=fast")
+    if not isinstance(student, GPT):
+        raise UserError("--decoder=captured knows the steps of a GPT-2 alone: take --decoder=fast")
 
     def decode(batch: Together) -> None:
         shape = replay = None

@@ -208,6 +208,12 @@ def test_each_end_token_ends_an_answer_and_training_has_the_tokenizers(folders, 
     assert text == data.decode(tokenizer, [60])
 
 
+def test_steps_of_other_families_are_not_recorded(folders):
+    gpu = dataclasses.replace(CPU, device=torch.device("cuda"))
+    refused(lambda: fast.decode.captured(load(folders("opt")), PROMPTS, sampling.uniforms(0, range(4), 3), gpu),
+            "--decoder=captured", "GPT-2 alone")
+
+
 def test_gpt2_by_this_road_is_model_py(tmp_path):
     gpt = random_gpt(vocab_size=50, n_positions=40, eos_token_id=1)
     save(gpt, tmp_path)

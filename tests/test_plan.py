@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import another_vocabulary, random_gpt, refused
+from conftest import CPU, another_vocabulary, random_gpt, refused
 
 import distill
 from config import Machine, make
@@ -320,3 +320,30 @@ def test_every_pair_on_one_to_eight_devices(monkeypatch, capsys):
     assert lines["s3", "s1"][0].bytes > lines["s1", "s1"][0].bytes
     for of in lines.values():
         assert of[0].bytes >= of[3].bytes and of[0].seconds > of[1].seconds > of[3].seconds
+
+
+# ---- other families, and models that are split ----------------------------------------------------------------------
+
+def test_what_is_split_is_counted_in_parts():
+    config = GPTConfig(n_layer=4, n_embd=64, n_head=4)
+    embeddings = (config.vocab_size + config.n_positions) * 64
+    layers = config.parameters - embeddings
+    for world in (1, 2, 8):
+        m = replace(CPU, world=world)
+        assert plan.trained_bytes(config, False, m) == 16 * config.parameters
+        one_layer = layers / 4  # as it is computed with, and its gradient
+        assert plan.trained_bytes(config, True, m) == 16 * (embeddings + layers / world) + 8 * one_layer
+
+
+def test_the_papers_larger_pairs_are_estimated(capsys):
+    found = plan.estimate(plan.Config(pairs="opt", sample_batch=16))
+    assert len(found) == 3 * 4 and "nothing was measured" in capsys.readouterr().out
+    for (teacher, student, more), sizes in found.items():
+        q, p = plan.LARGE[student]["shape"], plan.LARGE[teacher]["shape"]
+        assert sizes == sorted(sizes, reverse=True)
+        least = 2 * (p.parameters + q.parameters) + 16 * (q.parameters - (q.in_layers if "shard" in more else 0))
+        assert all(size > least for size in sizes)
+        if "shard" in more:
+            whole = found[teacher, student, more.replace("--shard", "").strip()]
+            saved = whole[-1] - sizes[-1]
+            assert saved == pytest.approx(16 * q.in_layers * 7 / 8 - 8 * q.in_layers / q.n_layer)
