@@ -1,8 +1,8 @@
 """6. Importance weights: what a token drawn from the mixture counts for.
 
 Paper:    arXiv 2306.08543v4, Section 2.2, Eq. (5). With w_t = q(y_t | y_<t, x) / p~(y_t | y_<t, x)
-          the paper prints the product w_1 ... w_t, and then replaces it by w_t alone. algorithm.md
-          says which weights are exact.
+          the paper prints the product w_1 ... w_t, and then replaces it by w_t alone.
+          --read says which weights are exact.
 Task:     solve(student_logp, mixed_logp, response_mask) returns four weights for each token, and 0
           in the padding:
           per_token     w_t

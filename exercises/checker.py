@@ -20,6 +20,10 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+# The station of docs/annotated.md that introduces each exercise.
+STATIONS = {"01": "policy-gradient", "02": "two-kls", "03": "policy-gradient", "04": "single-step",
+            "05": "mixture", "06": "weights", "07": "length", "08": "together", "09": "metrics",
+            "10": "algorithm"}
 
 
 def unchanged(function: Callable) -> Callable:
@@ -282,9 +286,13 @@ def run(exercise: Exercise) -> None:
     if flags == ["--hint=2"]:
         print(exercise.hints[1])
         return
+    if flags == ["--read"]:
+        from tools.annotate import station  # what is read beside the paper
+        print(station(STATIONS[Path(name).stem[:2]]))
+        return
     if flags:
-        print(f"{name}: {flags[0]} is unknown: give no flag to check your answer, "
-              "or --hint, then --hint=2", file=sys.stderr)
+        print(f"{name}: {flags[0]} is unknown: give no flag to check your answer, --read for its "
+              "pages in docs/annotated.html, or --hint, then --hint=2", file=sys.stderr)
         sys.exit(2)
     verdict = check(exercise)
     print(f"{name}: {verdict.state}: {verdict.message}".removesuffix(": "))

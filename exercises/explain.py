@@ -4,13 +4,14 @@ Paper:    arXiv 2306.08543v4, Section 2.2: Eqs. (2) to (7). The figures come fro
           the models and the seeds of training. Nothing is trained or written.
 Run:      python -m exercises.explain                      with the models that distill.py trains
           python -m exercises.explain --objective=eq2      any flag of distill.py
+          python -m exercises.explain --prompt="Tell about the cat" --picture=out/tiny/answer.png
 Shapes:   B answers of a collection, T response tokens, D width, V vocabulary.
 """
 
 import math
 import shlex
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,11 +20,39 @@ from torch import Tensor
 import data
 import distill
 import teacher as supervised
-from config import UserError, machine, run
+from config import UserError, flag, machine, run
 from model import load
 from safe import runs
+from safe.files import check_place, written_aside
+from safe.texts import END
 from sample import decoder, taken
 from tools import stages
+
+
+@dataclass(frozen=True)
+class Config(distill.Config):
+    prompt: str | None = flag(None, "an instruction; default: one of the first update's")
+    input: str = flag("", "the input that goes with --prompt", may_be_empty=True)
+    picture: str | None = flag(None, "draw the answer there too, .svg or .png")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_place(self, file="picture")
+        if self.picture and Path(self.picture).suffix not in (".svg", ".png"):
+            raise UserError(f"--picture={self.picture} must end in .svg or .png")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One answer of the first update, with what Eqs. (2) to (7) make of each of its tokens."""
+    row: data.Row
+    prompt: list[int]
+    answer: str
+    tokens: list[str]
+    values: dict[str, Tensor]  # (T,) each, by the names of columns()
+    meaning: dict[str, tuple[str, str]]
+    clipped: Tensor  # (T,)
+    divisor: str  # what an update does with their sums
 
 
 def with_models(cfg: distill.Config) -> distill.Config:
@@ -99,13 +128,19 @@ def columns(cfg: distill.Config) -> dict[str, tuple[str, str]]:
     return shown
 
 
-def main(cfg: distill.Config) -> None:
+def explain(cfg: distill.Config, say=print) -> Seen:
+    """The first answer of the first update, or one to --prompt."""
     cfg = with_models(cfg)
     m = machine(cfg.device, cfg.dtype, cfg.sample_batch)
     tokenizer = data.load_tokenizer(cfg.student, cfg.template)
     data.same_vocabulary(tokenizer, data.load_tokenizer(cfg.teacher, cfg.template))
-    limits = (cfg.max_prompt_tokens, cfg.max_tokens)
-    instructions = data.load_examples(cfg.data, "train", tokenizer, *limits, m.say)
+    if getattr(cfg, "prompt", None) is not None:
+        row = data.Row(cfg.prompt, cfg.input)
+        instructions = [data.Example(row, data.prompts_of(tokenizer, [row])[0], [])]
+        cfg = replace(cfg, rollouts=1, minibatch=1)
+    else:
+        limits = (cfg.max_prompt_tokens, cfg.max_tokens)
+        instructions = data.load_examples(cfg.data, "train", tokenizer, *limits, say)
     student = load(cfg.student, m.device)
     _, ready = decoder(cfg.decoder)
     teacher = ready(load(cfg.teacher, m.device, m.dtype), m.dtype)
@@ -141,41 +176,89 @@ def main(cfg: distill.Config) -> None:
     weight, _ = distill.importance_weights(logp, mixed_logp, batch.response_mask, kind)
     values = [logp[0], rollout.teacher_logp[one, :T], mixed_logp[0], reward[one, :T],
               distill.reverse_kl(log_q, log_p)[0], R[one, :T], weight[0], single[0], long[0]]
-
-    picks = data.picks(0, cfg.rollouts, len(instructions), cfg.seed)
-    row = instructions[picks[one]].row
-    m.say(f"\n{row.instruction} | {row.input}".removesuffix(" | "))
-    m.say(f"{data.decode(tokenizer, answer)}\n")
-    tokens = [repr(tokenizer.decode([token]))[1:-1] for token in answer]
-    show(columns(cfg), tokens, values, clipped[0], m.say)
     count = f"{mask[minibatch].sum()} tokens" if cfg.normalize == "token" else "number"
-    m.say(f"\nAn update divides the sums of both losses over its {cfg.minibatch} answers by their "
-          f"{count}, and adds {cfg.pt_coef:g} L_PT.")
+    answers = f"its {cfg.minibatch} answers" if len(minibatch) > 1 else "all its answers"
+    count = count if len(minibatch) > 1 else count.split()[-1]
+    divisor = (f"An update divides the sums of both losses over {answers} by their {count}, and "
+               f"adds {cfg.pt_coef:g} L_PT.")
     if cfg.pt_kd:
-        m.say(f"A share of {cfg.pt_kd:g} of L_PT is KL[p || q].")
+        divisor += f"\nA share of {cfg.pt_kd:g} of L_PT is KL[p || q]."
+    picks = data.picks(0, cfg.rollouts, len(instructions), cfg.seed)
+    tokens = [repr(tokenizer.decode([token]))[1:-1] for token in answer]
+    meaning = columns(cfg)
+    return Seen(instructions[picks[one]].row, rollout.prompts[one],
+                data.decode(tokenizer, answer), tokens,
+                {name: value.detach().float().cpu() for name, value in zip(meaning, values)},
+                meaning, clipped[0].cpu(), divisor)
 
 
-def show(shown: dict[str, tuple[str, str]], tokens: list[str], values: list[Tensor],
-         clipped: Tensor, say) -> None:
-    """Prints the table, a line for each token, and what its columns mean. values are (T,) each, in
-    the order of the columns."""
+def show(seen: Seen, say=print) -> None:
+    """Prints the answer, a line for each token, and what the columns mean."""
+    say(f"\n{seen.row.instruction} | {seen.row.input}".removesuffix(" | "))
+    say(f"{seen.answer}\n")
 
     def line(head: str, cells: list[str], tail: str = "") -> None:
         say(f"{head:>14}" + "".join(f"{cell:>10}" for cell in cells) + tail)
 
-    line("", list(shown))
-    line("Eq.", [equation for equation, _ in shown.values()])
-    for t, token in enumerate(tokens):
-        figures = [f"{value[t].item():.4f}" for value in values]
-        line(token, figures, "  clipped" if clipped[t] else "")
+    line("", list(seen.values))
+    line("Eq.", [equation for equation, _ in seen.meaning.values()])
+    for t, token in enumerate(seen.tokens):
+        figures = [f"{value[t].item():.4f}" for value in seen.values.values()]
+        line(token, figures, "  clipped" if seen.clipped[t] else "")
     sums = []
-    for name, value in zip(shown, values):
+    for name, value in seen.values.items():
         summed = name not in ("R_t", "R_t+1", "w_t")  # their sum means nothing
         sums.append(f"{value.sum().item():.4f}" if summed else "")
     line("sum", sums, "\n")
-    for name, (_, meaning) in shown.items():
+    for name, (_, meaning) in seen.meaning.items():
         say(f"{name:>14}  {meaning}")
+    say(f"\n{seen.divisor}")
+
+
+def picture(seen: Seen, a_line: int = 13):
+    """The answer as a figure: its tokens in a row, and below each the figures that the losses are
+    made of, red where negative and blue where positive; w_t is white at 1. A clipped token
+    is bold and red."""
+    from matplotlib.figure import Figure
+    shown = [name for name in seen.values if name in ("r_t", "KL", "R_t", "R_t+1", "w_t")]
+    starts = range(0, len(seen.tokens), a_line)
+    figure = Figure(figsize=(0.8 * a_line + 0.8, 0.32 * (len(shown) + 2) * len(starts) + 0.5))
+    size = {name: max(seen.values[name].sub(float(name == "w_t")).abs().max().item(), 0.25)
+            for name in shown}  # no less, or an answer without surprises would look like one
+    for axes, start in zip(figure.subplots(len(starts), 1, squeeze=False)[:, 0], starts):
+        part = slice(start, start + a_line)
+        colours = torch.stack([seen.values[name][part].sub(float(name == "w_t")) / size[name]
+                               for name in shown])
+        axes.imshow(colours, cmap="RdBu", vmin=-1.4, vmax=1.4, aspect="auto",
+                    extent=(0, colours.size(1), len(shown), 0))
+        for t, token in enumerate(seen.tokens[part]):
+            for n, name in enumerate(shown):
+                ink = "white" if colours[n, t].abs() > 0.85 else "black"
+                axes.text(t + 0.5, n + 0.5, f"{seen.values[name][start + t]:.2f}", ha="center",
+                          va="center", fontsize=8, color=ink)
+            mark = dict(fontweight="bold", color="#a03000") if seen.clipped[start + t] else {}
+            token = "(end)" if token == END else token.strip()[:11]
+            axes.text(t + 0.5, -0.25, token, ha="center", fontsize=8, **mark)
+        axes.set(xlim=(0, a_line), xticks=[], yticks=[n + 0.5 for n in range(len(shown))],
+                 yticklabels=shown)
+        axes.tick_params(length=0, labelsize=8)
+        for side in axes.spines.values():
+            side.set_visible(False)
+    asked = " | ".join(filter(None, (seen.row.instruction, seen.row.input)))
+    figure.suptitle(asked[:120], x=0.06, y=0.99, ha="left", va="top", fontsize=9)
+    figure.subplots_adjust(left=0.06, right=0.99, top=1 - 0.5 / figure.get_figheight(), bottom=0.01,
+                           hspace=0.35)
+    return figure
+
+
+def main(cfg: Config) -> None:
+    seen = explain(cfg)
+    show(seen)
+    if cfg.picture:
+        with written_aside(Path(cfg.picture)) as aside:
+            picture(seen).savefig(aside, format=Path(cfg.picture).suffix[1:], dpi=150)
+        print(f"\ndrawn to {cfg.picture}")
 
 
 if __name__ == "__main__":
-    run(main, distill.Config, distill.presets)
+    run(main, Config, distill.presets)

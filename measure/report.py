@@ -794,6 +794,16 @@ def answers_page(data: str, items: list[Found], prompts: int) -> str:
     return f"<h2>Answers on {html.escape(data)}</h2>\n{''.join(page)}" if page else ""
 
 
+def pictures(folders: Sequence[str]) -> str:
+    """The pictures of single answers, answer*.png, that exercises.explain has drawn there."""
+    page = ""
+    for path in sorted({path for name in folders for path in Path(name).rglob("answer*.png")}):
+        png, name = base64.b64encode(path.read_bytes()).decode(), html.escape(str(path))
+        label = f"{name}: the tokens of one answer, and below each r_t, KL, R and w_t in colour"
+        page += f'<h3>{name}</h3>\n<img alt="{label}" src="data:image/png;base64,{png}">\n'
+    return f"<h2>Answers, token by token</h2>\n{page}" if page else ""
+
+
 # ---- command ----------------------------------------------------------------------------------
 
 STYLE = """
@@ -853,6 +863,7 @@ def main(cfg: Config) -> None:
     first = [trade_figure(trade, points)] if len(points) > 1 else []
     parts = [part.html() for part in (*first, *tables, *figures)]
     parts += [answers_page(data, group, cfg.prompts) for data, group in sets.items()]
+    parts.append(pictures(cfg.folders))
     title = html.escape(cfg.title)
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
             f"<style>{STYLE}</style>\n<h1>{title}</h1>\n"

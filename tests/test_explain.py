@@ -8,15 +8,18 @@ import sys
 import pytest
 from conftest import refused
 
+import data
 import distill
 from config import make
 from exercises import explain
+from measure import report
+from safe.texts import END
 
 
 def shown(capsys, cfg) -> tuple[list[list[float]], list[float]]:
     """The figures of each token, and the sums below them."""
     capsys.readouterr()
-    explain.main(cfg)
+    explain.show(explain.explain(cfg))
     found = [re.findall(r"-?\d+\.\d{4}", line) for line in capsys.readouterr().out.splitlines()]
     *rows, sums = [list(map(float, line)) for line in found if len(line) >= 7]
     return rows, sums
@@ -78,5 +81,24 @@ def test_a_model_that_is_missing_is_told_with_the_command_that_makes_it(monkeypa
     """Phase 2 of the built-in world begins with OUT/teacher and OUT/init."""
     monkeypatch.setattr(sys, "argv", ["explain.py", f"--out={tmp_path}/tiny"])
     cfg = make(distill.Config, {"out": f"{tmp_path}/tiny"}, distill.presets)
-    refused(lambda: explain.main(cfg), f"{tmp_path}/tiny/teacher", f"`python distill.py --out={tmp_path}/tiny`")
+    refused(lambda: explain.explain(cfg), f"{tmp_path}/tiny/teacher", f"`python distill.py --out={tmp_path}/tiny`")
     assert not (tmp_path / "tiny").exists()
+
+
+def test_one_answer_is_drawn_for_any_prompt_and_shown_in_the_report(distill_config, tmp_path, capsys):
+    """The tokens of the picture are the table's; the report of its folder holds it."""
+    given = {name: value for name, value in vars(distill_config()).items() if name != "out"}
+    path = tmp_path / "run" / "answer.png"
+    cfg = explain.Config(**given, out=str(tmp_path / "run"), prompt="Tell about the cat", picture=str(path))
+    explain.main(cfg)
+    printed = capsys.readouterr().out
+    assert "Tell about the cat" in printed and f"drawn to {path}" in printed
+    assert path.read_bytes().startswith(b"\x89PNG")
+    seen = explain.explain(cfg)
+    assert seen.row == data.Row("Tell about the cat") and len(seen.tokens) == len(seen.values["r_t"])
+    words = [text.get_text() for axes in explain.picture(seen, a_line=5).axes for text in axes.texts]
+    for token in seen.tokens:
+        assert ("(end)" if token == END else token.strip()[:11]) in words
+    assert f"{seen.values['r_t'][0]:.2f}" in words
+    assert "the tokens of one answer" in report.pictures([str(tmp_path / "run")]) and not report.pictures([])
+    refused(lambda: explain.Config(picture="answer.gif"), "--picture=answer.gif", ".svg or .png")

@@ -180,7 +180,7 @@ def test_a_stopped_run_goes_on_from_its_state(distill_config, tmp_path, monkeypa
 
 
 def test_an_update_explained(distill_config, capsys):
-    explain.main(distill_config(device="cuda"))
+    explain.show(explain.explain(distill_config(device="cuda")))
     assert "An update divides" in capsys.readouterr().out
 
 

@@ -19,7 +19,7 @@ FOLDERS = ("safe", "families", "fast", "measure", "tools", "exercises", "reprodu
 SOURCE = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path.read_text(encoding="utf-8")
           for pattern in ("*.py", *(f"{folder}/*.py" for folder in FOLDERS)) for path in sorted(ROOT.glob(pattern))}
 COMMANDS = ["data", "sample", "eval", "teacher", "distill", "measure.exposure", "measure.calibration", "measure.judge",
-            "measure.report", "tools.plan", "tools.bench", "exercises.oracle"]
+            "measure.report", "tools.plan", "tools.bench", "tools.annotate", "exercises.oracle"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HOME = {"Eq. (1)": "distill.reverse_kl", "Eq. (2)": "distill.token_reward", "Eq. (3)": "distill.single_step_loss",
         "Eq. (4)": "sample.mix", "Eq. (5)": "distill.importance_weights", "Eq. (6)": "distill.future_reward",
@@ -150,7 +150,8 @@ def test_commands_as_printed_are_accepted(command):
     name = script.removesuffix(".py")
     if name not in COMMANDS and name.partition(".")[0] != "anna":  # a student's copy of the exercises
         assert (ROOT / (name.replace(".", "/") + ".py")).is_file()
-    owner = {"exercises.explain": "distill", **{name: "reproduce.worlds" for name in [name] if name[:9] == "reproduce"}}
+    owner = {name: "reproduce.worlds" for name in [name] if name[:9] == "reproduce"}
+    owner["exercises.explain"] = "exercises.explain"
     if name not in COMMANDS and name not in owner:
         return  # an exercise, which has no Config
     module = importlib.import_module(owner.get(name, name))
