@@ -197,7 +197,7 @@ def is_text(name: str) -> bool:
 
 
 def load_corpus(name: str, tokenizer: tiktoken.Encoding, folder: Path, m: Machine) -> np.ndarray:
-    """Plain text as one array of uint16 tokens, with an end token after each document.
+    """Plain text as one array of tokens, with an end token after each document.
 
     name is "tiny-text", "openwebtext" ("openwebtext:3" for three of its files of 306 MB), a .txt
     file, or a folder of them. A line that is exactly <|endoftext|> separates two documents. Files
@@ -205,7 +205,7 @@ def load_corpus(name: str, tokenizer: tiktoken.Encoding, folder: Path, m: Machin
     files = text_files(name)
     if name == "tiny-text":
         lines = encode(tokenizer, world.text())
-        return np.array([t for line in lines for t in [*line, tokenizer.eot_token]], np.uint16)
+        return np.array([t for line in lines for t in [*line, tokenizer.eot_token]], np.uint32)
     if not files:
         count = int(name.partition(":")[2] or 1)
         parts = [f"plain_text/partial-train/{n:04d}.parquet" for n in range(count)]

@@ -13,7 +13,8 @@ import copy
 import inspect
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache as once
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import UserError
 from families import gathered
-from safe.files import read_json, written_aside
+from safe.files import read_json, refuse_pointer
 from safe.hub import fetch, require, weight_files
 
 
@@ -69,6 +70,9 @@ class Cache:
 def layers_of(whole: nn.Module) -> list[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
     return [part for part in whole.modules() if isinstance(part, GradientCheckpointingLayer)]
+
+
+DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "layerdrop")
 
 
 class Family(nn.Module):
@@ -142,46 +146,75 @@ class Family(nn.Module):
         return torch.isin(token, torch.tensor(self.config.ends, device=token.device))
 
     def set_dropout(self, dropout: float) -> None:
+        found = False
         for part in self.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = dropout
-            elif isinstance(getattr(part, "dropout", None), float):
-                part.dropout = dropout
+            for name in ("p",) if isinstance(part, nn.Dropout) else DROPOUTS:
+                if isinstance(vars(part).get(name), float):
+                    setattr(part, name, 0.0 if name == "layerdrop" else dropout)
+                    found = True
+        if dropout and not found:
+            raise UserError(f"--dropout={dropout}: a model of type {self.config.model_type} has no "
+                            "dropout")
 
 
 # ---- files ------------------------------------------------------------------------------------
 
-PLACE = "\ue000"  # where the user's words stand in a chat template
 TRAINED_WITH = "minillm_template"  # in tokenizer_config.json: the template of the prompts
-VOCABULARY = ("tokenizer.json", "vocab.json", "tokenizer.model")  # one of them is enough
-TOKENIZER = (*VOCABULARY, "tokenizer_config.json", "special_tokens_map.json",
-             "chat_template.jinja", "merges.txt")
+VOCABULARY = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt",
+              "sentencepiece.bpe.model")  # one of them is enough
+TOKENIZER = (*VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+             "chat_template.jinja", "merges.txt", "generation_config.json")
+# Of a checkpoint, what no model needs: buffers, and an output that is tied to the input.
+UNNEEDED = re.compile(r"inv_freq|masked_bias|attn\.bias$|attention\.bias$|lm_head\.weight$")
 
 
+@once
 def folder_of(name: str) -> Path:
-    """The folder with a model's files, those of a hub repository fetched first."""
-    config = require(name, "config.json")
-    for file in TOKENIZER:
-        fetch(name, file)
-    return config.parent
+    """The folder with a model's files, those of a hub repository fetched first. Without a network
+    those in the hub's cache are all there are."""
+    folder = require(name, "config.json").parent
+    try:
+        for file in TOKENIZER:
+            fetch(name, file)
+    except UserError:
+        if not any((folder / file).is_file() for file in VOCABULARY):
+            raise
+    return folder
+
+
+def settings(name: str, file: str) -> dict:
+    path = folder_of(name) / file
+    return read_json(path) if path.is_file() else {}
+
+
+def refusal(name: str, error: Exception) -> UserError:
+    """One line of whatever `transformers` has raised: each of its parts has exceptions of its
+    own."""
+    text = " ".join(str(error).split()) or "no reason given"
+    return UserError(f"{name} cannot be opened by transformers ({type(error).__name__}: "
+                     f"{text[:160]})")
 
 
 def transformers_config(name: str):
     try:
         import transformers
+        import transformers.modeling_layers  # noqa: F401
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
     except ImportError:
-        raise UserError(f"{name} is no GPT-2: `pip install transformers` opens other "
+        raise UserError(f"{name} is no GPT-2: `pip install 'transformers>=4.56'` opens other "
                         "families") from None
+    folder = folder_of(name)
     try:
-        return transformers.AutoConfig.from_pretrained(folder_of(name), local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"{name}: {' '.join(str(error).split())[:200]}") from None
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True,
+                                                       trust_remote_code=False)
+    except Exception as error:
+        raise refusal(name, error) from None
 
 
 def refused(name: str, config) -> None:
-    """Raises UserError for a model whose layers are not those of a plain decoder."""
+    """Raises UserError for a model whose layers are not those of a plain decoder, or whose logits
+    are more than a linear map."""
     kind = f"{name} is of type {config.model_type}, "
     if config.is_encoder_decoder:
         raise UserError(f"{kind}an encoder with a decoder: a causal language model is needed")
@@ -195,6 +228,15 @@ def refused(name: str, config) -> None:
     if layers != {"full_attention"}:
         raise UserError(f"{kind}whose layers are {', '.join(sorted(layers))}: only full attention "
                         "is read")
+    rope = str([getattr(config, part, None) for part in ("rope_scaling", "rope_parameters")])
+    if "longrope" in rope or "dynamic" in rope:
+        raise UserError(f"{kind}whose positions depend on the length of a text: not read")
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1.0):
+            raise UserError(f"{kind}{MORE_THAN_LINEAR} ({name})")
+
+
+MORE_THAN_LINEAR = "whose logits are more than its output embedding times its last states: not read"
 
 
 def kv_width(config) -> int:
@@ -206,80 +248,125 @@ def kv_width(config) -> int:
 @once
 def read_config(name: str) -> FamilyConfig:
     """The shape of a model. Raises UserError if it is not there, or cannot be distilled."""
-    from transformers import AutoModelForCausalLM
     config = transformers_config(name)
     refused(name, config)
+    kind = f"{name} is of type {config.model_type}, "
+    from transformers import AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            whole = AutoModelForCausalLM.from_config(config)
-    except ValueError:
-        raise UserError(f"{name} is of type {config.model_type}, which is no causal language "
-                        "model") from None
+            whole = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        output = whole.get_output_embeddings()
+        shape = dict(n_layer=config.num_hidden_layers, n_head=config.num_attention_heads,
+                     n_positions=config.max_position_embeddings, kv_width=kv_width(config))
+        rows, width = output.weight.shape  # OPT-350M's is narrower than the model
+        in_layers = sum(p.numel() for layer in layers_of(whole) for p in layer.parameters())
+    except Exception as error:
+        raise refusal(f"{kind}and", error) from None
     if getattr(whole, "_is_stateful", False):
-        raise UserError(f"{name} is of type {config.model_type}, whose layers hold a state: only "
-                        "attention is read")
+        raise UserError(f"{kind}whose layers hold a state: only attention is read")
+    if output.bias is not None:
+        raise UserError(f"{kind}{MORE_THAN_LINEAR} (a bias)")
     tokenizer = load_tokenizer(name)
-    rows, width = whole.get_output_embeddings().weight.shape  # OPT-350M's is narrower than it is
     if rows < tokenizer.n_vocab:
         raise UserError(f"{name} has {rows:,} tokens, and its tokenizer {tokenizer.n_vocab:,}")
-    return FamilyConfig(name, config.model_type, config.num_hidden_layers,
-                        config.num_attention_heads, width, tokenizer.n_vocab,
-                        config.max_position_embeddings, tokenizer.ends, whole.num_parameters(),
-                        kv_width(config), sum(p.numel() for layer in layers_of(whole)
-                                              for p in layer.parameters()))
+    return FamilyConfig(name, config.model_type, n_embd=width, vocab_size=tokenizer.n_vocab,
+                        ends=tokenizer.ends, parameters=whole.num_parameters(),
+                        in_layers=in_layers, **shape)
+
+
+def matrices(model: Family) -> list[nn.Parameter]:
+    """The weights that autocast computes with in its dtype: all but vectors and embeddings."""
+    others = {id(p) for part in model.modules() if isinstance(part, nn.Embedding)
+              for p in part.parameters()}
+    return [p for p in model.body.parameters() if p.dim() > 1 and id(p) not in others]
 
 
 def load(name: str, device: torch.device | str = "cpu", dtype=torch.float32) -> Family:
-    """A model in eval(), whose linear maps are in `dtype` and all else in float32, as under
-    autocast. Raises UserError where its logits are more than its output embedding times its last
-    hidden states."""
-    from transformers import AutoModelForCausalLM
+    """A model in eval(), whose matrices are in `dtype` and all else in float32, as under autocast.
+    Raises UserError where it is not what its config.json says, or does not compute as model.GPT
+    does."""
     config = read_config(name)
-    weight_files(name)  # fetched, and not damaged
+    from transformers import AutoModelForCausalLM
+    for path in weight_files(name):  # fetched, and not damaged
+        refuse_pointer(path)
     try:
-        whole = AutoModelForCausalLM.from_pretrained(folder_of(name), dtype=dtype,
-                                                     local_files_only=True)
-        for part in whole.modules():
-            if not isinstance(part, nn.Linear):
-                for p in part.parameters(recurse=False):
-                    p.data = p.data.float()
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise UserError(f"{name}: {' '.join(str(error).split())[:200]}") from None
-    model = Family(whole.to(device), config).eval()
-    some = torch.arange(min(8, config.vocab_size), device=device)[None]
-    with torch.no_grad(), torch.autocast(torch.device(device).type, dtype, dtype != torch.float32):
-        ours = model.logits(model(some))
-        theirs = whole(some).logits[..., : config.vocab_size].float()
-    near = 1e-3 if dtype == torch.float32 else 0.05
-    if not torch.allclose(ours, theirs, rtol=0, atol=near * theirs.abs().max().item()):
-        raise UserError(f"{name} is of type {config.model_type}, whose logits are more than its "
-                        "output embedding times its last states: not read")
+        whole, told = AutoModelForCausalLM.from_pretrained(
+            folder_of(name), dtype="auto" if dtype != torch.float32 else dtype,
+            local_files_only=True, trust_remote_code=False, output_loading_info=True)
+    except Exception as error:
+        raise refusal(name, error) from None
+    unneeded = [key for key in told["unexpected_keys"] if not UNNEEDED.search(key)]
+    for keys, what in ((told["missing_keys"], "lack"), (unneeded, "have besides"),
+                       (told.get("mismatched_keys"), "have in another shape")):
+        if keys:
+            raise UserError(f"{name}: by its config.json, its weights {what} {min(map(str, keys))}")
+    model = Family(whole, config).eval()
+    in_dtype = {id(p) for p in matrices(model)}
+    for p in model.parameters():
+        p.data = p.data.to(device, dtype if id(p) in in_dtype else torch.float32)
+    whole.to(device)  # buffers
+    compare(model, name, dtype)
     return model
 
 
+@torch.no_grad()
+def compare(model: Family, name: str, dtype: torch.dtype) -> None:
+    """Raises UserError unless the logits of a few tokens are those of `transformers`, and the same
+    behind padding, and the same in two parts with a cache."""
+    device = next(model.parameters()).device
+    some = torch.arange(min(8, model.config.vocab_size), device=device)[None]
+    first = len(some[0]) // 2
+    kind = f"{name} is of type {model.config.model_type}, "
+    try:
+        with torch.autocast(device.type, dtype, dtype != torch.float32):
+            whole = model.logits(model(some))
+            theirs = model.whole(some).logits[..., : whole.size(-1)].float()
+            padded = torch.cat([some, some.roll(first, 1)])  # the second row begins at `first`
+            starts = torch.tensor([0, first], device=device)
+            behind = model.logits(model(padded, starts))[1:, first:]
+            cache = model.new_cache(model.config, 1, len(some[0]), device, dtype)
+            parts = [model.logits(model(part, None, cache)) for part in
+                     (some[:, :first], some[:, first:])]
+    except Exception as error:
+        raise refusal(f"{kind}and", error) from None
+    if not whole.isfinite().all():
+        raise UserError(f"{name}: its logits are not numbers: its weights are broken")
+    near = (1e-3 if dtype == torch.float32 else 0.05) * theirs.abs().max().item()
+    if (whole - theirs).abs().max() > near:
+        raise UserError(f"{kind}{MORE_THAN_LINEAR}")
+    alone = whole[:, : behind.size(1)]
+    if max((behind - alone).abs().max(), (torch.cat(parts, 1) - whole).abs().max()) > near:
+        raise UserError(f"{kind}whose logits change with padding or with a cache: not read")
+
+
 def frozen(model: Family, dtype: torch.dtype) -> Family:
-    """For inference: the model itself in float32, else a copy whose linear maps are in `dtype`, so
+    """For inference: the model itself in float32, else a copy whose matrices are in `dtype`, so
     that autocast need not cast them at each call. All else is shared with the model."""
     model = gathered(model, dtype)
     if dtype == torch.float32:
-        return model
+        light = copy.copy(model)
+        light._compiled_call_impl = None  # --compile is for training: lengths change here
+        return light
     memo = {id(p): p for p in model.parameters()}
-    for part in model.body.modules():
-        if isinstance(part, nn.Linear):
-            for p in part.parameters(recurse=False):
-                memo[id(p)] = nn.Parameter(p.detach().to(dtype), requires_grad=False)
+    for p in matrices(model):
+        memo[id(p)] = nn.Parameter(p.detach().to(dtype), requires_grad=False)
     light = Family(copy.deepcopy(model.whole, memo), model.config).eval()
     light.output = model.head().detach().to(dtype)
     return light
 
 
-def save(model: Family, folder: Path) -> None:
-    """Writes the files that `transformers` reads, each whole or not at all."""
+def put(folder: Path, save: Callable[[str], object]) -> None:
+    """Lets `save` write files into a folder beside, and moves them into this one."""
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as aside:
-        model.whole.save_pretrained(aside, max_shard_size="1TB")
+    with TemporaryDirectory(dir=folder, prefix="tmp-") as aside:
+        save(aside)
         for file in sorted(Path(aside).iterdir(), reverse=True):  # config.json last
             os.replace(file, folder / file.name)
+
+
+def save(model: Family, folder: Path) -> None:
+    """Writes the files that `transformers` reads, each whole or not at all."""
+    put(folder, lambda aside: model.whole.save_pretrained(aside, max_shard_size="1TB"))
 
 
 # ---- tokenizers -------------------------------------------------------------------------------
@@ -289,14 +376,19 @@ class FamilyTokenizer:
 
     def __init__(self, name: str, whole, template: str):
         self.name, self.model, self.whole, self.template = "family", name, whole, template
-        self.n_vocab, self.eot_token = len(whole), whole.eos_token_id
-        more = settings(name, "generation_config.json").get("eos_token_id") or []
-        more = [more] if isinstance(more, int) else more
-        self.ends = (self.eot_token, *(end for end in more if end != self.eot_token))
-        self._mergeable_ranks = whole.get_vocab()
-        probe = whole("a")["input_ids"]
-        plain = whole("a", add_special_tokens=False)["input_ids"]
-        self.begin = probe[: probe.index(plain[0])] if plain[0] in probe else []
+        self._mergeable_ranks = dict(sorted(whole.get_vocab().items()))
+        self.n_vocab = 1 + max(self._mergeable_ranks.values())
+        self.eot_token = whole.eos_token_id
+        more = settings(name, "generation_config.json").get("eos_token_id")
+        more = more if isinstance(more, list) else [more]
+        self.ends = (self.eot_token, *(end for end in more
+                                       if type(end) is int and end != self.eot_token))
+        # what stands before a text: found in front of a letter, behind which nothing is merged
+        framed, plain = (whole("a", add_special_tokens=own)["input_ids"] for own in (True, False))
+        at = framed.index(plain[0]) if plain and plain[0] in framed else 0
+        self.begin = framed[:at]
+        self.special = [token.content for token in whole.added_tokens_decoder.values()
+                        if token.special]
 
     def encode_ordinary(self, text: str) -> list[int]:
         return self.encode_ordinary_batch([text])[0]
@@ -311,6 +403,23 @@ class FamilyTokenizer:
         tokens = [token for token in tokens if token not in self.ends]
         return self.whole.decode(tokens, clean_up_tokenization_spaces=False)
 
+    def chat(self, said: str) -> list[int]:
+        """The tokens of the model's own template, in which a user says this."""
+        try:
+            text = self.whole.apply_chat_template([{"role": "user", "content": said}],
+                                                  tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program
+            raise refusal(f"{self.model}: its chat template", error) from None
+        parts = [text]
+        if any(word in said for word in self.special):  # which must remain words
+            parts = text.split(said)
+            if len(parts) != 2:
+                raise UserError(f"{self.model}: its chat template rewrites what a user says, which "
+                                f"has the text of a special token in it: {said[:60]!r}")
+        tokens = [self.whole(part, add_special_tokens=False)["input_ids"] for part in parts]
+        return tokens[0] if len(parts) == 1 else [*tokens[0], *self.encode_ordinary(said),
+                                                  *tokens[1]]
+
 
 def prompts_of(tokenizer: FamilyTokenizer, rows: Sequence) -> list[list[int]]:
     """The tokens of each row's prompt: behind the family's begin tokens the paper's template, or
@@ -318,58 +427,65 @@ def prompts_of(tokenizer: FamilyTokenizer, rows: Sequence) -> list[list[int]]:
     if tokenizer.template == "paper":
         texts = tokenizer.encode_ordinary_batch([row.prompt_text for row in rows])
         return [[*tokenizer.begin, *tokens] for tokens in texts]
-    asked = [{"role": "user", "content": PLACE}]
-    text = tokenizer.whole.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    before, after = (tokenizer.whole(part, add_special_tokens=False)["input_ids"]
-                     for part in text.split(PLACE))
-    said = ["\n\n".join(filter(None, (row.instruction, row.input))) for row in rows]
-    return [[*before, *tokens, *after] for tokens in tokenizer.encode_ordinary_batch(said)]
-
-
-def settings(name: str, file: str) -> dict:
-    path = fetch(name, file)
-    return read_json(path) if path else {}
+    return [tokenizer.chat("\n\n".join(filter(None, (row.instruction, row.input))))
+            for row in rows]
 
 
 @once
 def load_tokenizer(name: str, template: str = "auto") -> FamilyTokenizer:
     """The tokenizer of a model, which makes its prompts by this template; "auto" is the one that
     the model was trained with here, else the paper's."""
+    transformers_config(name)  # says what to install
     from transformers import AutoTokenizer
     folder = folder_of(name)
     if not any((folder / file).is_file() for file in VOCABULARY):
         raise UserError(f"{name} has no tokenizer: one of {', '.join(VOCABULARY)} is needed")
     if template == "auto":
         template = settings(name, "tokenizer_config.json").get(TRAINED_WITH, "paper")
+    if template not in ("paper", "chat"):
+        raise UserError(f"{name}: tokenizer_config.json has {TRAINED_WITH}={template!r}: give "
+                        "--template")
     try:
-        whole = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # each kind of tokenizer has its own
-        raise UserError(f"{name}: its tokenizer cannot be read "
-                        f"({' '.join(str(error).split())[:120]})") from None
+        whole = AutoTokenizer.from_pretrained(folder, local_files_only=True,
+                                              trust_remote_code=False)
+    except Exception as error:
+        raise refusal(f"{name}: its tokenizer", error) from None
     if whole.eos_token_id is None:
         raise UserError(f"{name}: its tokenizer names no end token")
     if template == "chat" and not whole.chat_template:
         raise UserError(f"{name} has no chat template: leave out --template=chat")
-    return FamilyTokenizer(name, whole, template)
+    tokenizer = FamilyTokenizer(name, whole, template)
+    if template == "chat" and "Abc" not in tokenizer.decode(tokenizer.chat("Abc")):
+        raise UserError(f"{name}: its chat template leaves out, or rewrites, what a user says")
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: FamilyTokenizer, folder: Path) -> None:
-    """Copies the files that the tokenizer was read from, and notes its template in them."""
-    for file in TOKENIZER:
-        if path := fetch(tokenizer.model, file):
-            content = path.read_bytes()
-            if file == "tokenizer_config.json":
-                noted = read_json(path) | {TRAINED_WITH: tokenizer.template}
-                content = json.dumps(noted, indent=1).encode()
-            with written_aside(folder / file) as aside:
-                aside.write_bytes(content)
+    """Writes the files that the tokenizer is read from, and notes its template in them."""
+    def write(aside: str) -> None:
+        tokenizer.whole.save_pretrained(aside)
+        path = Path(aside) / "tokenizer_config.json"
+        noted = read_json(path) | {TRAINED_WITH: tokenizer.template}
+        path.write_text(json.dumps(noted, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    put(folder, write)
 
 
 def same_vocabulary(student: FamilyTokenizer, teacher: FamilyTokenizer) -> None:
-    """Raises UserError unless q and p are distributions over the same tokens, asked alike."""
+    """Raises UserError unless q and p are distributions over the same tokens, asked and ended
+    alike."""
     if student._mergeable_ranks != teacher._mergeable_ranks:
         raise UserError(f"the student has {student.n_vocab:,} tokens and the teacher other "
                         f"{teacher.n_vocab:,}: distillation needs one vocabulary")
     if student.template != teacher.template:
         raise UserError(f"the student is asked by the {student.template} template and the teacher "
                         f"by the {teacher.template} one: give --template")
+    if student.eot_token != teacher.eot_token:
+        ends = [tokenizer.whole.eos_token for tokenizer in (student, teacher)]
+        raise UserError(f"the student ends answers with {ends[0]!r} and the teacher with "
+                        f"{ends[1]!r}: make eos_token in their tokenizer_config.json the same")
+    texts = [tokenizer.whole.chat_template if tokenizer.template == "chat" else tokenizer.begin
+             for tokenizer in (student, teacher)]
+    if texts[0] != texts[1]:
+        raise UserError("student and teacher have different begin tokens or chat templates: give "
+                        "both the same files of a tokenizer")

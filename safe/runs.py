@@ -17,13 +17,14 @@ import typing
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from config import Machine, Stopped, UserError, command
+from families import is_gpt2
 from safe.files import (as_json, read_json, refuse_pointer, txt_files, write_json, write_lines,
                         written_aside)
 from safe.hub import read_torch
@@ -101,7 +102,10 @@ def held(folder: Path) -> AbstractContextManager:
 def checksum(name: str | Path | None) -> int | None:
     """Returns a checksum of a user's file, or of a folder's model and texts; else None."""
     path = Path(name or "no file")
-    kinds = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "vocab.json")
+    kinds = ["*.safetensors", "*.bin", "config.json", "tokenizer.json", "vocab.json"]
+    if path.is_dir() and (path / "config.json").is_file() and not is_gpt2(str(path)):
+        kinds += ["tokenizer_config.json", "generation_config.json", "chat_template.jinja",
+                  "tokenizer.model"]
     model = [file for kind in kinds for file in path.glob(kind)]
     files = [path] if path.is_file() else sorted({*model, *txt_files(path)})
     crc = 0
@@ -160,6 +164,7 @@ def is_finished(out: Path, cfg, free: set[str]) -> bool:
                         "it is trained again")
     if begun:
         old, new = read_json(out / "run.json"), made_with(cfg)
+        old = {field.name: field.default for field in fields(cfg)} | old  # of earlier versions
         longer = to_be_longer(out, cfg)
         for name in new:
             more = name in LENGTHS and grown(old.get(name), new[name])
@@ -359,6 +364,8 @@ def earlier(path: Path | None, given: dict, m: Machine, own: bool = False) -> di
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         old = results["given"]
+        if "template" in given:  # which results of earlier versions lack
+            old.setdefault("template", "auto")
         if old.keys() == given.keys() and all(same(old[name], given[name]) for name in given):
             m.say(f"{path}: made earlier, kept")
             return results

@@ -92,7 +92,9 @@ def tokenised(name: str, files: list[Path], tokenizer: tiktoken.Encoding, encode
     file in `folder`. The first process writes that file, unless it is there."""
     read = [(str(file.resolve()), file.stat()) for file in files]
     key = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in read]
-    which = "gpt2" if tokenizer.name == "gpt2" else repr(tokenizer._mergeable_ranks)
+    which = tokenizer.name
+    if which != "gpt2":  # GPT-2's, or one of many lists of words or of other families
+        which = repr((tokenizer._mergeable_ranks, tokenizer.eot_token))
     kind = np.dtype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
     crc = zlib.crc32(repr([which, *key]).encode())
     path = folder / f"{Path(name).stem.replace(':', '-')}-{crc:08x}.bin"

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import CPU, random_gpt, refused
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import config
 import data
@@ -26,7 +27,7 @@ import fast.decode
 import sample as sampling
 from config import make
 from model import load, read_config, save
-from safe import texts
+from safe import runs, texts
 from tools import stages
 
 transformers = pytest.importorskip("transformers")
@@ -300,7 +301,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(folders, its_tokenizer, tmp_
     refused(lambda: read_config(path), "nobody-has-it")
     monkeypatch.setitem(sys.modules, "transformers", None)
     path = folders("opt")
-    refused(lambda: causal.transformers_config(path), "pip install transformers")
+    refused(lambda: causal.transformers_config(path), "pip install", "transformers>=4.56")
 
 
 def test_a_chat_template_is_the_models_own(folders):
@@ -461,3 +462,166 @@ def test_what_shard_cannot_do_is_told(folders):
     refused(lambda: families.split(model, given(minibatch=5), two), "--shard", "5 answers", "2 processes")
     for more in (dict(compile=True), dict(decoder="plain")):
         refused(lambda more=more: families.split(model, given(**more), two), "--compile", "--decoder=plain")
+
+
+# ---- what would pass in silence -------------------------------------------------------------------------------------
+
+@pytest.fixture
+def changed(folders, tmp_path):
+    """changed(tensors=..., config=..., tokenizer=..., kind=...) -> a copy of a model's folder with these changes."""
+    count = [0]
+
+    def change(tensors=None, config=None, tokenizer=None, generation=None, kind="llama") -> str:
+        count[0] += 1
+        folder = tmp_path / f"changed-{count[0]}"
+        shutil.copytree(folders(kind), folder)
+        if tensors:
+            weights = tensors(load_file(folder / "model.safetensors"))
+            save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        for name, more in (("config.json", config), ("tokenizer_config.json", tokenizer),
+                           ("generation_config.json", generation)):
+            if more is not None:
+                path = folder / name
+                old = json.loads(path.read_text()) if path.exists() else {}
+                path.write_text(json.dumps(old | more))
+        return str(folder)
+
+    return change
+
+
+def without(name: str):
+    return lambda weights: {key: value for key, value in weights.items() if name not in key}
+
+
+@pytest.mark.parametrize("tensors, config, told", [
+    (without("layers.1.mlp.up_proj"), None, ["lack", "layers.1.mlp.up_proj"]),
+    (None, {"num_hidden_layers": 3}, ["lack", "layers.2."]),
+    (None, {"num_hidden_layers": 1}, ["have besides", "layers.1."]),
+    (None, {"intermediate_size": 40}, []),
+    (lambda weights: {f"x.{key}": value for key, value in weights.items()}, None, ["lack"]),
+    (lambda weights: {key: value * float("nan") for key, value in weights.items()}, None, ["not numbers"]),
+    (None, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["length of a text"]),
+    (None, {"hidden_act": "nobody-has-it"}, ["cannot be opened by transformers"]),
+    (None, {"num_attention_heads": 0}, ["cannot be opened by transformers"]),
+    (None, {"hidden_size": "x"}, ["cannot be opened by transformers"]),
+    (None, {"vocab_size": -3}, ["cannot be opened by transformers"])])
+def test_weights_that_do_not_fit_are_named(tensors, config, told, changed):
+    path = changed(tensors, config)
+    refused(lambda: load(path), path, *told)
+
+
+def test_a_damaged_file_ends_in_one_line(changed):
+    for content, told in ((b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"), (b"\x00" * 50, "SafetensorError")):
+        path = Path(changed())
+        (path / "model.safetensors").write_bytes(content)
+        refused(lambda path=path: load(str(path)), str(path), told)
+
+
+def test_a_bias_of_the_output_is_not_lost_in_a_coarse_dtype(folders, its_tokenizer, tmp_path):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.PhiConfig(**SHAPE))
+    torch.nn.init.normal_(model.lm_head.bias, std=1e-3)
+    model.save_pretrained(tmp_path)
+    its_tokenizer.save_pretrained(tmp_path)
+    refused(lambda: load(str(tmp_path), "cpu", torch.bfloat16), "type phi", "a bias")
+
+
+def test_the_models_own_code_is_never_run(changed):
+    path = Path(changed(config={"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine"}}))
+    (path / "code.py").write_text("raise SystemExit('it has run')")
+    refused(lambda: load(str(path)), "cannot be opened by transformers")
+
+
+def test_an_end_token_behind_the_others_is_a_token(folders, changed):
+    path = Path(changed())
+    raw = json.loads((path / "tokenizer.json").read_text())
+    raw["added_tokens"].append({"id": 310, "content": "<end>", "special": True, "single_word": False, "lstrip": False,
+                                "rstrip": False, "normalized": False})
+    (path / "tokenizer.json").write_text(json.dumps(raw))
+    config = json.loads((path / "tokenizer_config.json").read_text()) | {"eos_token": "<end>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = data.load_tokenizer(str(path))
+    assert (tokenizer.eot_token, tokenizer.n_vocab) == (tokenizer.whole.convert_tokens_to_ids("<end>"), len(
+        tokenizer.whole)) or tokenizer.n_vocab > tokenizer.eot_token
+    assert load(str(path)).head().size(0) > tokenizer.eot_token
+    data.save_tokenizer(tokenizer, path / "saved")
+    shutil.copy(path / "config.json", path / "saved" / "config.json")
+    again = data.load_tokenizer(str(path / "saved"))
+    assert (again.eot_token, again.n_vocab) == (tokenizer.eot_token, tokenizer.n_vocab)
+
+
+def test_teacher_and_student_end_and_are_asked_alike(folders, changed):
+    one = data.load_tokenizer(folders("llama"))
+    other = data.load_tokenizer(changed(tokenizer={"eos_token": "<s>"}))
+    refused(lambda: data.same_vocabulary(one, other), "'</s>'", "'<s>'", "eos_token")
+    path = Path(changed())
+    (path / "chat_template.jinja").write_text("<s>{% for m in messages %}{{ m['content'] }}{% endfor %}!")
+    chats = data.load_tokenizer(folders("llama"), "chat"), data.load_tokenizer(str(path), "chat")
+    refused(lambda: data.same_vocabulary(*chats), "different begin tokens or chat templates")
+
+
+def test_a_chat_prompt_is_what_transformers_makes_of_it(folders, changed):
+    """Also where a template changes the words, or the tokenizer merges them with what stands beside."""
+    path = Path(changed())
+    (path / "chat_template.jinja").write_text(
+        "<s>{% for m in messages %}User: {{ m['content']|trim }}{% endfor %}{% if add_generation_prompt %} Bot:{% endif %}")
+    for folder in (folders("llama"), str(path)):
+        tokenizer = data.load_tokenizer(folder, "chat")
+        for said in ("Tell me", "  padded  ", "a\n\nb"):
+            want = tokenizer.whole.apply_chat_template([{"role": "user", "content": said}], tokenize=True,
+                                                       add_generation_prompt=True, return_dict=False)
+            assert data.prompts_of(tokenizer, [data.Row(said)]) == [want]
+    prompt, = data.prompts_of(tokenizer, [data.Row("say </s> now")])
+    assert prompt.count(0) == 1 and 1 not in prompt
+    for template in ("{{ 1 / 0 }}", "{{ messages[0]['content'][0]['text'] }}", "{% if %}", "nothing of it"):
+        (path / "chat_template.jinja").write_text(template)
+        causal.load_tokenizer.cache_clear()
+        refused(lambda: data.load_tokenizer(str(path), "chat"), "chat template")
+
+
+def test_dropout_is_set_where_a_family_has_it(folders, changed):
+    model = load(changed(config={"attention_dropout": 0.5})).train()
+    tokens = torch.randint(2, V, (2, 9))
+    model.set_dropout(0.0)
+    assert torch.equal(model(tokens), model(tokens))
+    model.set_dropout(0.5)
+    assert not torch.equal(model(tokens), model(tokens))
+    opt = load(folders("opt")).train()
+    opt.set_dropout(0.0)
+    assert torch.equal(opt(tokens), opt(tokens))
+
+
+def test_norms_and_embeddings_are_read_as_they_are(changed):
+    path = changed(lambda weights: {key: value * 1.001 for key, value in weights.items()})
+    exact, light = load(path), load(path, "cpu", torch.bfloat16)
+    for (name, a), b in zip(exact.named_parameters(), light.parameters()):
+        matrix = a.dim() > 1 and "embed" not in name and "lm_head" not in name
+        assert b.dtype == (torch.bfloat16 if matrix else torch.float32), name
+        assert torch.equal(a.to(b.dtype), b), name
+
+
+def test_what_a_compiled_model_says_is_not_compiled(folders):
+    model = load(folders("llama"))
+    model.compile(dynamic=True)
+    assert model._compiled_call_impl is not None
+    assert fast.decode.frozen(model, torch.float32)._compiled_call_impl is None
+
+
+def test_a_corpus_is_tokenised_once_by_all_processes_alike(folders, tmp_path):
+    """Its file has one name in every process, and another one for another end token."""
+    script = ("import sys; sys.path.insert(0, sys.argv[1]); import data, torch; from config import Machine; "
+              "from pathlib import Path; data.load_corpus(sys.argv[3], data.load_tokenizer(sys.argv[2]), "
+              "Path(sys.argv[4]), Machine(torch.device('cpu'), torch.float32))")
+    (tmp_path / "x.txt").write_text("some words")
+    root = str(Path(data.__file__).parent)
+    for seed in "12":
+        subprocess.run([sys.executable, "-c", script, root, folders("llama"), tmp_path / "x.txt", tmp_path / "c"],
+                       check=True, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True)
+    assert len(list((tmp_path / "c").iterdir())) == 1
+
+
+def test_results_know_the_template_they_were_made_with(changed):
+    path = Path(changed())
+    before = runs.checksum(str(path))
+    (path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert runs.checksum(str(path)) != before

@@ -231,7 +231,9 @@ def frozen_bytes(config: GPTConfig, m: Machine, kind: str) -> int:
     autocast makes copies. The others have them in autocast's dtype, and the output embedding once
     more; on a CPU that is packed in float32 too."""
     if not isinstance(config, GPTConfig):  # of another family, which is not packed
-        return config.parameters * m.dtype.itemsize
+        head = config.vocab_size * config.n_embd * m.dtype.itemsize
+        others = config.parameters - config.in_layers  # embeddings, which stay float32
+        return config.in_layers * m.dtype.itemsize + 4 * others + head
     embeddings = (config.vocab_size + config.n_positions) * config.n_embd
     head = config.vocab_size * config.n_embd
     if m.dtype == torch.float32:
