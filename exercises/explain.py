@@ -229,7 +229,7 @@ def picture(seen: Seen, a_line: int = 13):
         part = slice(start, start + a_line)
         colours = torch.stack([seen.values[name][part].sub(float(name == "w_t")) / size[name]
                                for name in shown])
-        axes.imshow(colours, cmap="RdBu", vmin=-1.4, vmax=1.4, aspect="auto",
+        axes.imshow(colours.numpy(), cmap="RdBu", vmin=-1.4, vmax=1.4, aspect="auto",
                     extent=(0, colours.size(1), len(shown), 0))
         for t, token in enumerate(seen.tokens[part]):
             for n, name in enumerate(shown):

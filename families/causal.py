@@ -198,7 +198,7 @@ def refusal(name: str, error: Exception) -> UserError:
 def transformers_config(name: str):
     try:
         import transformers
-        import transformers.modeling_layers  # noqa: F401
+        import transformers.modeling_layers
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
     except ImportError:

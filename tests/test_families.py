@@ -511,7 +511,8 @@ def test_weights_that_do_not_fit_are_named(tensors, config, told, changed):
 
 
 def test_a_damaged_file_ends_in_one_line(changed):
-    for content, told in ((b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"), (b"\x00" * 50, "SafetensorError")):
+    pointer = b"version https://git-lfs.github.com/spec/v1\n"
+    for content, told in ((pointer, "Git LFS"), (b"\x00" * 50, "SafetensorError")):
         path = Path(changed())
         (path / "model.safetensors").write_bytes(content)
         refused(lambda path=path: load(str(path)), str(path), told)
@@ -564,7 +565,8 @@ def test_a_chat_prompt_is_what_transformers_makes_of_it(folders, changed):
     """Also where a template changes the words, or the tokenizer merges them with what stands beside."""
     path = Path(changed())
     (path / "chat_template.jinja").write_text(
-        "<s>{% for m in messages %}User: {{ m['content']|trim }}{% endfor %}{% if add_generation_prompt %} Bot:{% endif %}")
+        "<s>{% for m in messages %}User: {{ m['content']|trim }}{% endfor %}"
+        "{% if add_generation_prompt %} Bot:{% endif %}")
     for folder in (folders("llama"), str(path)):
         tokenizer = data.load_tokenizer(folder, "chat")
         for said in ("Tell me", "  padded  ", "a\n\nb"):
