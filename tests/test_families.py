@@ -25,6 +25,7 @@ import distill
 import families
 import fast.decode
 import sample as sampling
+import teacher as supervised
 from config import make
 from model import load, read_config, save
 from safe import runs, texts
@@ -627,3 +628,15 @@ def test_results_know_the_template_they_were_made_with(changed):
     before = runs.checksum(str(path))
     (path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     assert runs.checksum(str(path)) != before
+
+
+def test_a_run_of_an_earlier_version_is_kept(tiny_models, tmp_path):
+    """Its run.json knows neither --template nor --shard, which are as if they had not been given."""
+    cfg = supervised.Config(model=tiny_models["student"], data="tiny", out=str(tmp_path), max_prompt_tokens=16)
+    for name in ("results.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    old = {name: value for name, value in runs.made_with(cfg).items() if name not in ("template", "shard")}
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    assert runs.is_finished(tmp_path, cfg, supervised.FREE)
+    other = dataclasses.replace(cfg, template="chat")
+    refused(lambda: runs.is_finished(tmp_path, other, supervised.FREE), "template=auto", "chat")

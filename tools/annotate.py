@@ -388,7 +388,9 @@ import os
 import sys
 while not os.path.exists("distill.py"):
     os.chdir("..")
-sys.path.insert(0, os.getcwd())"""
+sys.path.insert(0, os.getcwd())
+if "get_ipython" in globals():  # figures are shown
+    get_ipython().run_line_magic("matplotlib", "inline")"""
 
 
 def notebook(parts: list[Part]) -> str:
