@@ -19,13 +19,14 @@ def is_gpt2(thing) -> bool:
 
 def or_family(of_gpt2):
     """Makes of a function of GPT-2 one that does the same for other families, by the function of
-    the same name in families/causal.py, if its first argument is of one."""
+    the same name in causal.py or tokens.py, if its first argument is of one."""
     @functools.wraps(of_gpt2)
     def pick(first, *given, **named):
         if is_gpt2(first):
             return of_gpt2(first, *given, **named)
-        from families import causal  # which needs `transformers`
-        return getattr(causal, of_gpt2.__name__)(first, *given, **named)
+        from families import causal, tokens  # which need `transformers`
+        module = causal if hasattr(causal, of_gpt2.__name__) else tokens
+        return getattr(module, of_gpt2.__name__)(first, *given, **named)
     return pick
 
 

@@ -33,7 +33,7 @@ from tools import stages
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
-from families import causal  # noqa: E402
+from families import causal, tokens  # noqa: E402
 
 V = 300
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=V + 12,
@@ -302,7 +302,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(folders, its_tokenizer, tmp_
     refused(lambda: read_config(path), "nobody-has-it")
     monkeypatch.setitem(sys.modules, "transformers", None)
     path = folders("opt")
-    refused(lambda: causal.transformers_config(path), "pip install", "transformers>=4.56")
+    refused(lambda: tokens.transformers_config(path), "pip install", "transformers>=4.56")
 
 
 def test_a_chat_template_is_the_models_own(folders):
@@ -578,7 +578,7 @@ def test_a_chat_prompt_is_what_transformers_makes_of_it(folders, changed):
     assert prompt.count(0) == 1 and 1 not in prompt
     for template in ("{{ 1 / 0 }}", "{{ messages[0]['content'][0]['text'] }}", "{% if %}", "nothing of it"):
         (path / "chat_template.jinja").write_text(template)
-        causal.load_tokenizer.cache_clear()
+        tokens.load_tokenizer.cache_clear()
         refused(lambda: data.load_tokenizer(str(path), "chat"), "chat template")
 
 
