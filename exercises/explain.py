@@ -184,7 +184,7 @@ def explain(cfg: distill.Config, say=print) -> Seen:
     if cfg.pt_kd:
         divisor += f"\nA share of {cfg.pt_kd:g} of L_PT is KL[p || q]."
     picks = data.picks(0, cfg.rollouts, len(instructions), cfg.seed)
-    tokens = [repr(tokenizer.decode([token]))[1:-1] for token in answer]
+    tokens = [repr(tokenizer.decode([token]) or END)[1:-1] for token in answer]
     meaning = columns(cfg)
     return Seen(instructions[picks[one]].row, rollout.prompts[one],
                 data.decode(tokenizer, answer), tokens,
