@@ -5,6 +5,7 @@ import functools
 
 import torch
 
+from config import UserError
 from safe.files import read_json
 from safe.hub import require
 
@@ -34,7 +35,10 @@ def split(model, cfg, m):
     """The model, split over the processes under --shard."""
     if not getattr(cfg, "shard", False):
         return model
-    from families.sharded import shard
+    try:
+        from families.sharded import shard
+    except ImportError:
+        raise UserError("--shard needs torch 2.6 or later") from None
     return shard(model, cfg, m)
 
 

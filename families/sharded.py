@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from config import Machine, UserError
@@ -51,7 +52,6 @@ def copied(model: nn.Module, of: Callable[[nn.Parameter], Tensor]) -> nn.Module:
 def shard(model: nn.Module, cfg, m: Machine) -> nn.Module:
     """Splits the model's layers over the processes, in place. Its state_dict() stays that of a
     whole model, and is read as such."""
-    from torch.distributed.fsdp import fully_shard
     batch = getattr(cfg, "minibatch", 0) or cfg.batch_size
     if m.world == 1:
         raise UserError("--shard splits a model over several processes: start them with torchrun")

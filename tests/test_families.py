@@ -456,13 +456,16 @@ def test_each_process_holds_a_part_of_the_layers(folders, tmp_path):
         assert count == want and same
 
 
-def test_what_shard_cannot_do_is_told(folders):
+def test_what_shard_cannot_do_is_told(folders, monkeypatch):
     model, two = load(folders("llama")), dataclasses.replace(CPU, world=2)
     given = lambda **more: SimpleNamespace(**dict(shard=True, minibatch=4, compile=False, decoder="fast") | more)
     refused(lambda: families.split(model, given(), CPU), "--shard", "torchrun")
     refused(lambda: families.split(model, given(minibatch=5), two), "--shard", "5 answers", "2 processes")
     for more in (dict(compile=True), dict(decoder="plain")):
         refused(lambda more=more: families.split(model, given(**more), two), "--compile", "--decoder=plain")
+    monkeypatch.delitem(sys.modules, "families.sharded", raising=False)
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", None)  # as in an older torch
+    refused(lambda: families.split(model, given(), two), "--shard needs torch 2.6")
 
 
 # ---- what would pass in silence -------------------------------------------------------------------------------------
