@@ -32,8 +32,7 @@ from safe.files import read_json, written_aside
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 FENCE = re.compile(r"^```(\w+) ?(.*)$")
-# Kinds of tokens that differ in colour, by Pygments' short names.
-STYLE = (DOCS / "annotated.css")
+STYLE = DOCS / "annotated.css"
 
 
 @dataclass(frozen=True)
