@@ -7,7 +7,7 @@ Run:      python distill.py                    the built-in world: no network, n
           python distill.py --teacher=gpt2-xl  the paper's world, from the released GPT-2 on
           python distill.py --teacher=MiniLLM/teacher-gpt2-1.5B --student=MiniLLM/init-gpt2-120M
 Shapes:   B answers, b in a micro-batch, c in a chunk, T response tokens, D width, V vocabulary.
-Left out: a critic, a KL to the initial student, an entropy bonus (the paper has none); ZeRO.
+Left out: a critic, a KL to the initial student, an entropy bonus (the paper has none).
 """
 
 import contextlib
@@ -178,7 +178,7 @@ class Config:
     baselines: str = flag("sft,kd,seqkd", "train these too; empty for none", may_be_empty=True)
     finetune: Literal["auto", "both", "teacher", "student", "none"] = flag(
         "auto", "which to fine-tune on D first; auto: a new one, or GPT-2 as released")
-    template: Literal["auto", "paper", "chat"] = flag("auto", "chat: the model's own; see README")
+    template: Literal["auto", "paper", "chat"] = flag("auto", "chat: the model's; families/README")
     plan: Literal["auto", "only", "off"] = flag("auto", "off: go on though memory may not suffice")
     resume: bool = flag(False, "go on with an unfinished run")
     # Algorithm 1

@@ -167,7 +167,7 @@ class Config:
     seeds: int = flag(5, "number of seeds, of 10, 20, 30 ...", 1, 1000)
     corpus: str | None = flag(None, "measure the loss on this plain text too: tiny-text, FILE.txt")
     limit: int | None = flag(None, "use the first so many prompts only", 1)
-    template: Literal["auto", "paper", "chat"] = flag("auto", "chat: the model's own; see README")
+    template: Literal["auto", "paper", "chat"] = flag("auto", "chat: the model's; families/README")
     max_prompt_tokens: int = flag(256, "longer prompts are dropped", 1, 2**20)
     max_response_tokens: int | None = flag(None, "longest answer; default at most 256", 1, 2**20)
     rouge: Literal["english", "unicode"] = flag("english", "Rouge-L's words; unicode: any script")

@@ -232,7 +232,7 @@ class Config:
     input: str = flag("", "the input that goes with --prompt", may_be_empty=True)
     data: str | None = flag(None, "answer the rows of --split of this set or .jsonl instead")
     split: Literal["train", "valid", "test"] = flag("test", "of a .jsonl, test is the whole file")
-    template: Literal["auto", "paper", "chat"] = flag("auto", "chat: the model's own; see README")
+    template: Literal["auto", "paper", "chat"] = flag("auto", "chat: the model's; families/README")
     samples: int = flag(1, "answers to each prompt", 1)
     max_response_tokens: int | None = flag(None, "longest answer; default at most 256", 1, 2**20)
     max_prompt_tokens: int = flag(256, "longer prompts are dropped", 1, 2**20)

@@ -43,7 +43,7 @@ class Config:
     data: str = flag("dolly", "instructions (dolly, tiny, FILE.jsonl) or plain text (FILE.txt, a "
                               "folder, openwebtext)")
     valid_data: str | None = flag(None, "validate on this instruction set, not on rows of --data")
-    template: Literal["auto", "paper", "chat"] = flag("auto", "chat: the model's own; see README")
+    template: Literal["auto", "paper", "chat"] = flag("auto", "chat: the model's; families/README")
     teacher: str | None = flag(None, "p of word-level KD; without one, the data alone teach")
     kd_ratio: float = flag(0.5, "share of KL[p || q] in the loss if there is a teacher", 0, 1)
     lr: float | None = flag(None, "peak learning rate; default by RECIPES", 0, 10)

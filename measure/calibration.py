@@ -183,7 +183,7 @@ def measure(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> di
 class Config:
     model: str = flag("gpt2", "a folder, gpt2 ... gpt2-xl, or OWNER/NAME on the hub")
     data: str | None = flag(None, "BoolQ's .jsonl, SST-2's .tsv, or both with a comma between")
-    template: Literal["auto", "paper", "chat"] = flag("auto", "chat: the model's own; see README")
+    template: Literal["auto", "paper", "chat"] = flag("auto", "chat: the model's; families/README")
     bins: int = flag(10, "bins of confidence, from 0 to 1, of the ECE")
     limit: int | None = flag(None, "use the first so many prompts of each file only")
     sample_batch: int = flag(16, "prompts read together; changes memory and speed only")

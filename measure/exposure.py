@@ -72,7 +72,7 @@ class Config:
     teacher: str = flag("out/tiny/teacher", "p, by the same kinds of name")
     data: str | None = flag(None, "prompts: tiny, dolly, FILE.jsonl ...; default by the model")
     split: Literal["test", "valid"] = flag("test", "which rows; of a FILE.jsonl test is the whole")
-    template: Literal["auto", "paper", "chat"] = flag("auto", "chat: the model's own; see README")
+    template: Literal["auto", "paper", "chat"] = flag("auto", "chat: the model's; families/README")
     samples: int = flag(10, "answers of q and of p to each prompt")
     limit: int | None = flag(None, "use the first so many prompts only")
     max_prompt_tokens: int = flag(256, "longer prompts are dropped")
