@@ -412,7 +412,7 @@ def alike(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["llama, tied", "opt", "gpt2"])
 def test_a_sharded_run_is_the_unsharded_one(kind, folders, few_rows, tiny_models, tmp_path, monkeypatch):
-    """On two processes of gloo, recomputing, stopped and gone on with: phase 2, and a supervised stage."""
+    """On two processes of gloo, recomputing, and gone on with by four: phase 2, and a supervised stage."""
     monkeypatch.setattr(stages.evaluation, "Config", partial(stages.evaluation.Config, seeds=1))
     teacher, student = (folders(kind, 1), folders(kind)) if kind != "gpt2" else (
         tiny_models["teacher"], tiny_models["student"])
@@ -425,7 +425,7 @@ def test_a_sharded_run_is_the_unsharded_one(kind, folders, few_rows, tiny_models
                                                **few | more | dict(out=tmp_path / name))
     assert run("one", 1, steps=4) == [0]
     assert run("two", 2, steps=2, shard=True) == [0, 0]
-    assert run("two", 2, steps=4, shard=True, resume=True) == [0, 0]
+    assert run("two", 4, steps=4, shard=True, resume=True) == [0] * 4
     alike(tmp_path / "one" / "minillm", tmp_path / "two" / "minillm")
     few = common | dict(model=student, batch_size=4, updates=3, evals=1, weight_decay=0.1, dropout=0.0)
     for name, count, more in (("sft-1", 1, {}), ("sft-2", 2, {"shard": True})):
