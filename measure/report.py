@@ -842,7 +842,7 @@ def main(cfg: Config) -> None:
     tables = [summary_table(evaluations)] if len(sets) > 1 else []
     tables += [result_table(data, group) for data, group in sets.items()]
     for data, group in sets.items():
-        for metric in (quality(group), "reverse_kl"):
+        for metric in (quality(group), "reverse_kl", "forward_kl"):
             tables.append(run_table(data, group, metric))
             tables.append(difference_table(data, group, metric, cfg.against))
     tables.append(ablation_table(trainings, results))

@@ -226,7 +226,7 @@ def test_a_run_and_its_exposure_bias(distill_config, few_rows, tmp_path, capsys)
     settings = dict(limit=3, samples=2, max_response_tokens=6, device="cpu", dtype="float32", teacher=cfg.teacher)
     exposure.main(exposure.Config(f"{cfg.out}/minillm", out=f"{cfg.out}/exposure", **settings))
     report.main(report.Config((cfg.out,), out=str(tmp_path / "report")))
-    assert "4 tables, 3 figures" in capsys.readouterr().out
+    assert "5 tables, 3 figures" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.md", "training.png",
                                                                       "exposure.png", "first-run.png"}
 
