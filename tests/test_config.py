@@ -157,6 +157,7 @@ def test_run_does_not_hide_our_own_mistakes(main, error, monkeypatch):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_command_with_its_code(signum, monkeypatch, capsys):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     main = lambda cfg: os.kill(os.getpid(), signum)
     assert ended(monkeypatch, capsys, main) == (128 + signum, f"stopped ({signum.name})")
